@@ -1,0 +1,35 @@
+// What attention forward and backward share: typed access to a head, softmax constants, scheduling.
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+// The rows of one (batch, head): row i at data + i * stride.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  FASTGPT_INLINE T* operator[](int64_t i) const { return data + i * stride; }
+};
+
+template <class T>
+FASTGPT_INLINE Rows<T> rows_of(const Tensor& t, int64_t b, int64_t h) {
+  return {static_cast<T*>(t.data) + b * t.batch_stride + h * t.head_stride, t.seq_stride};
+}
+
+FASTGPT_INLINE int64_t next_unit(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+// Sets scores[r][c] to -inf where key first_key + c is not in the interval that the mask gives query
+// first_query + r, for c in [col_begin, col_end); both are multiples of kLanes.
+FASTGPT_INLINE void mask_tile(const Mask& mask, int64_t first_query, int64_t rows, int64_t first_key,
+                              int64_t col_begin, int64_t col_end, float* scores, int64_t stride) {
+  vi lanes = lane_index();
+  for (int64_t r = 0; r < rows; r++) {
+    int32_t lo = static_cast<int32_t>(max(mask.begin(first_query + r) - first_key, 0));
+    int32_t hi = static_cast<int32_t>(min(mask.end(first_query + r) - first_key, col_end));
+    for (int64_t c = col_begin; c < col_end; c += kLanes) {
+      float* s = scores + r * stride + c;
+      vi index = lanes + static_cast<int32_t>(c);
+      store(s, (index >= lo) & (index < hi) ? load(s) : splat(-kInf));
+    }
+  }
+}

@@ -1,0 +1,45 @@
+// Every CPU kernel, compiled once per instruction set (FASTGPT_ISA names it, CMakeLists.txt has the flags).
+// All code below is in one anonymous namespace: a function shared with another set's copy by the linker
+// could be the one with instructions this processor lacks.
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include <cstdint>
+
+#include "fastgpt/mask.h"
+#include "fastgpt/params.h"
+
+namespace fastgpt {
+namespace {
+
+#include "simd.h"
+#include "tile.h"
+#include "attention_common.h"
+#include "attention_forward.h"
+
+// Calls Kernel<T>{params}.run() with T for the storage type.
+template <template <class> class Kernel, class Params>
+void by_dtype(const Params& params) {
+  switch (params.dtype) {
+    case DType::f32: return Kernel<float>{params}.run();
+    case DType::bf16: return Kernel<bf16>{params}.run();
+    case DType::f16: return Kernel<f16>{params}.run();
+  }
+}
+
+}  // namespace
+
+#define FASTGPT_CONCAT_(a, b) a##b
+#define FASTGPT_CONCAT(a, b) FASTGPT_CONCAT_(a, b)
+
+extern const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA);
+const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
+    by_dtype<AttentionForward, AttentionParams>,
+    nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace fastgpt

@@ -1,0 +1,171 @@
+// fastgpt._cpu: the Python binding of the CPU kernels. Everything about a tensor arrives as a pointer,
+// sizes and strides; the Python side (fastgpt/ops/*/cpu.py) has checked them.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "fastgpt/params.h"
+
+namespace py = pybind11;
+
+namespace fastgpt {
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+float* scratch(int64_t floats) {
+  struct Buffer {
+    float* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (buffer.size < floats) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    int64_t rounded = (floats + 15) / 16 * 16;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, rounded * sizeof(float)));
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = rounded;
+  }
+  return buffer.data;
+}
+
+namespace {
+
+struct Isa {
+  std::string name;
+  const Kernels* kernels;
+};
+
+// What is built in and runs here, best first.
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) isas.push_back({"avx512", &kernels_avx512});
+  if (avx2) isas.push_back({"avx2", &kernels_avx2});
+#endif
+  isas.push_back({"baseline", &kernels_baseline});
+  return isas;
+}
+
+Isa choose_isa() {
+  std::vector<Isa> isas = supported_isas();
+  const char* asked = std::getenv("FASTGPT_CPU_ISA");
+  if (!asked || !*asked) return isas.front();
+  std::string names;
+  for (const Isa& isa : isas) {
+    if (isa.name == asked) return isa;
+    names += (names.empty() ? "" : ", ") + isa.name;
+  }
+  throw py::import_error("FASTGPT_CPU_ISA: got '" + std::string(asked) + "', this processor and build accept: " +
+                         names);
+}
+
+typedef std::tuple<uintptr_t, int64_t, int64_t, int64_t> PyTensor;  // pointer; batch, seq, head stride
+typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> PySizes;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Tensor tensor(const PyTensor& t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+void set_attention(AttentionParams& p, int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k,
+                   const PyTensor& v, const PyTensor& out, uintptr_t lse, float softmax_scale, int64_t window_left,
+                   int64_t window_right, int num_threads) {
+  p.dtype = static_cast<DType>(dtype);
+  std::tie(p.batch, p.seqlen_q, p.seqlen_k, p.nheads, p.nheads_k, p.headdim, p.headdim_v) = sizes;
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.out = tensor(out);
+  p.lse = pointer<float>(lse);
+  p.softmax_scale = softmax_scale;
+  p.window_left = window_left;
+  p.window_right = window_right;
+  p.num_threads = num_threads;
+}
+
+}  // namespace
+}  // namespace fastgpt
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fastgpt;
+  Isa isa = choose_isa();
+  const Kernels* kernels = isa.kernels;
+  m.attr("isa") = isa.name;
+  m.attr("built_isas") = FASTGPT_ISAS;
+
+  m.def(
+      "attention_forward",
+      [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k, const PyTensor& v,
+                const PyTensor& out, uintptr_t lse, float softmax_scale, int64_t window_left, int64_t window_right,
+                int num_threads) {
+        AttentionParams p;
+        set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right, num_threads);
+        py::gil_scoped_release release;
+        kernels->attention_forward(p);
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+      py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"), py::arg("num_threads"));
+
+  m.def(
+      "attention_backward",
+      [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k, const PyTensor& v,
+                const PyTensor& out, uintptr_t lse, const PyTensor& dout, uintptr_t dlse, const PyTensor& dq,
+                const PyTensor& dk, const PyTensor& dv, float softmax_scale, int64_t window_left,
+                int64_t window_right, int num_threads) {
+        AttentionBackwardParams p;
+        set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right, num_threads);
+        p.dout = tensor(dout);
+        p.dlse = pointer<const float>(dlse);
+        p.dq = tensor(dq);
+        p.dk = tensor(dk);
+        p.dv = tensor(dv);
+        py::gil_scoped_release release;
+        kernels->attention_backward(p);
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+      py::arg("dout"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("softmax_scale"),
+      py::arg("window_left"), py::arg("window_right"), py::arg("num_threads"));
+
+  m.def(
+      "decode",
+      [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k_cache, const PyTensor& v_cache,
+                const PyTensor& out, uintptr_t lse, uintptr_t cache_seqlens, int64_t seqlen_new, const PyTensor& k_new,
+                const PyTensor& v_new, float softmax_scale, int64_t window_left, int64_t window_right,
+                int64_t num_splits, int num_threads) {
+        DecodeParams p;
+        set_attention(p, dtype, sizes, q, k_cache, v_cache, out, lse, softmax_scale, window_left, window_right,
+                      num_threads);
+        p.cache_seqlens = pointer<const int32_t>(cache_seqlens);
+        p.seqlen_new = seqlen_new;
+        p.k_new = tensor(k_new);
+        p.v_new = tensor(v_new);
+        p.num_splits = num_splits;
+        py::gil_scoped_release release;
+        kernels->decode(p);
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("out"),
+      py::arg("lse"), py::arg("cache_seqlens"), py::arg("seqlen_new"), py::arg("k_new"), py::arg("v_new"),
+      py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"), py::arg("num_splits"),
+      py::arg("num_threads"));
+}

@@ -1,0 +1,196 @@
+// The vector type of one instruction set, on the compiler's vector extension: arithmetic is plain
+// operators, and a * b + c becomes a fused multiply-add (-ffp-contract=fast). Included inside
+// kernels.cpp's anonymous namespace, so nothing compiled here can be merged with another set's copy.
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+#define FASTGPT_INLINE inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef float vf_unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t vh_unaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+constexpr float kInf = __builtin_inff();
+
+FASTGPT_INLINE vf splat(float x) { return x - vf{}; }  // vf{} + x would turn -0 into 0
+
+FASTGPT_INLINE vi lane_index() {
+  vi index;
+  for (int i = 0; i < kLanes; i++) index[i] = i;
+  return index;
+}
+
+// --- loads and stores, converting to and from fp32 (round to nearest even) ---
+
+FASTGPT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+FASTGPT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
+
+FASTGPT_INLINE vf load(const bf16* p) {
+  vh h = *reinterpret_cast<const vh_unaligned*>(p);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+FASTGPT_INLINE void store(bf16* p, vf x) {
+  vu u = (vu)x;
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  vu bits = x == x ? rounded : (u >> 16) | 0x40u;  // NaN stays NaN
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(bits, vh);
+}
+
+#if defined(__AVX512F__)
+FASTGPT_INLINE vf load(const f16* p) {
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FASTGPT_INLINE void store(f16* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__)
+FASTGPT_INLINE vf load(const f16* p) {
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FASTGPT_INLINE void store(f16* p, vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__aarch64__)
+FASTGPT_INLINE vf load(const f16* p) {
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+}
+FASTGPT_INLINE void store(f16* p, vf x) {
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+}
+#else
+// No conversion instruction: the exponent is moved by a multiplication, which also makes
+// subnormals exact.
+FASTGPT_INLINE vf load(const f16* p) {
+  vu h = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu);
+  vu sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  vf scaled = (vf)(magnitude << 13) * 0x1p112f;
+  vu special = (magnitude << 13) | 0x7f800000u;
+  return (vf)(((vi)magnitude >= 0x7c00 ? special : (vu)scaled) | sign);
+}
+FASTGPT_INLINE void store(f16* p, vf x) {
+  vu u = (vu)x, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  vu rebased = magnitude - (112u << 23);
+  vu normal = (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13;
+  vu subnormal = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;  // the adder rounds at 2^-24
+  vu finite = (vi)magnitude < 0x38800000 ? subnormal : normal;
+  finite = (vi)magnitude >= 0x477ff000 ? vu{} + 0x7c00u : finite;  // rounds to infinity
+  vu bits = (vi)magnitude > 0x7f800000 ? vu{} + 0x7e00u : finite;
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(bits | sign, vh);
+}
+#endif
+
+// The first n < kLanes elements; the missing lanes are zero and their memory is not touched.
+template <class T>
+FASTGPT_INLINE vf load_first(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+template <class T>
+FASTGPT_INLINE void store_first(T* p, vf x, int64_t n) {
+  T padded[kLanes];
+  store(padded, x);
+  __builtin_memcpy(p, padded, n * sizeof(T));
+}
+template <class T>
+FASTGPT_INLINE vf load_upto(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_first(p, n);
+}
+template <class T>
+FASTGPT_INLINE void store_upto(T* p, vf x, int64_t n) {
+  if (n >= kLanes)
+    store(p, x);
+  else
+    store_first(p, x, n);
+}
+
+// --- arithmetic ---
+
+// Of NaN and a number: the NaN when it is b, the number when it is a.
+FASTGPT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+FASTGPT_INLINE float horizontal_sum(vf x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// 2^x for x <= 128, relative error below 1e-7, exactly 1 at 0 and exactly 0 below -150; NaN stays NaN.
+FASTGPT_INLINE vf exp2(vf x) {
+#if defined(__AVX512F__)
+  x = max(splat(-200.0f), x);
+  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = max(splat(-126.0f), x);
+  vf n = (x + 0x1.8p23f) - 0x1.8p23f;
+#endif
+  vf r = x - n;
+  // Minimax polynomial of 2^r on [-1/2, 1/2].
+  vf p = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
+  p = p * r + 0x1.3b2dbcp-7f;
+  p = p * r + 0x1.c6aed4p-5f;
+  p = p * r + 0x1.ebfbdap-3f;
+  p = p * r + 0x1.62e430p-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  // Below 2^-126 the result is flushed to zero; the exponent is added in two halves because n may be 128.
+  vi half = __builtin_convertvector(n, vi) >> 1, rest = __builtin_convertvector(n, vi) - half;
+  vf scaled = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
+  return x == -126.0f ? vf{} : scaled;
+#endif
+}
+
+// --- shuffles ---
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeLanes<0, I...> {
+  typedef Lanes<I...> type;
+};
+
+template <int... I>
+FASTGPT_INLINE vf interleave_low(vf a, vf b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 * kLanes + I / 2)...);
+}
+template <int... I>
+FASTGPT_INLINE vf interleave_high(vf a, vf b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 * kLanes + kLanes / 2 + I / 2)...);
+}
+
+// Transposes a kLanes x kLanes block in place: log2(kLanes) rounds of perfect shuffles.
+FASTGPT_INLINE void transpose(vf (&rows)[kLanes]) {
+  typename MakeLanes<kLanes>::type lanes;
+  for (int round = 1; round < kLanes; round *= 2) {
+    vf shuffled[kLanes];
+    for (int i = 0; i < kLanes / 2; i++) {
+      shuffled[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2], lanes);
+      shuffled[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2], lanes);
+    }
+    for (int i = 0; i < kLanes; i++) rows[i] = shuffled[i];
+  }
+}

@@ -1,0 +1,97 @@
+// The register tile that every matrix product of the attention kernels is made of, and the packing
+// of its operands.
+
+// kTileRows x kTileCols accumulators fill the register file: 12 x 2 vectors of 32 registers (AVX-512), 6 x 2
+// of 16 (AVX2).
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 8;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 2;
+constexpr int kTileCols = kTileVectors * kLanes;
+
+FASTGPT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+FASTGPT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTGPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+enum class Update { overwrite, add, rescale };
+
+// One tile of C = A B (overwrite), C + A B (add) or diag(scale) C + A B (rescale), all fp32:
+//   A(m, k) = a[m * kRowStride + k * kDepthStride], m < kTileRows, k < depth
+//   B(k, n) = b[k * ldb + n],  C(m, n) = c[m * ldc + n], n < Vectors * kLanes
+template <Update kUpdate, int kRowStride, int kDepthStride, int kVectors>
+FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                 const float* scale) {
+  vf acc[kTileRows][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < kTileRows; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) {
+      if (kUpdate == Update::overwrite) acc[m][v] = vf{};
+      if (kUpdate == Update::add) acc[m][v] = load(c + m * ldc + v * kLanes);
+      if (kUpdate == Update::rescale) acc[m][v] = load(c + m * ldc + v * kLanes) * scale[m];
+    }
+  for (int64_t k = 0; k < depth; k++) {
+    vf bk[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) bk[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; m++) {
+      float am = a[m * kRowStride + k * kDepthStride];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v++) acc[m][v] += bk[v] * am;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kTileRows; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) store(c + m * ldc + v * kLanes, acc[m][v]);
+}
+
+// The same for `cols` columns, a multiple of kLanes.
+template <Update kUpdate, int kRowStride, int kDepthStride>
+__attribute__((noinline)) void tile_product(int64_t depth, int64_t cols, const float* a, const float* b, int64_t ldb,
+                                            float* c, int64_t ldc, const float* scale) {
+  int64_t n = 0;
+  for (; n + kTileCols <= cols; n += kTileCols)
+    tile_columns<kUpdate, kRowStride, kDepthStride, kTileVectors>(depth, a, b + n, ldb, c + n, ldc, scale);
+  for (; n < cols; n += kLanes)
+    tile_columns<kUpdate, kRowStride, kDepthStride, 1>(depth, a, b + n, ldb, c + n, ldc, scale);
+}
+
+// Packs `rows` rows (stride `stride` elements) of `dim` elements, times `factor`, into panels of
+// kWidth rows with the row index fastest: panel p holds element (p * kWidth + r, d) at
+// packed[(p * dim + d) * kWidth + r]. Missing rows of the last panel are zero.
+// Writes up to kLanes floats past the end.
+template <int kWidth, class T>
+void pack_panels(const T* source, int64_t stride, int64_t rows, int64_t dim, float factor, float* packed) {
+  static_assert(kWidth % kLanes == 0 || kWidth < kLanes, "a panel row is whole vectors, or less than one");
+  for (int64_t panel = 0; panel < rows; panel += kWidth, packed += dim * kWidth)
+    for (int64_t r = 0; r < kWidth; r += kLanes)
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        vf block[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) {
+          int64_t row = panel + r + i;
+          block[i] = row < rows ? load_upto(source + row * stride + d, dim - d) * factor : vf{};
+        }
+        transpose(block);
+        int64_t valid = min(kLanes, dim - d);
+        // Ascending d: where a panel is narrower than a vector, the next row overwrites the excess lanes.
+        for (int64_t i = 0; i < valid; i++) store(packed + (d + i) * kWidth + r, block[i]);
+      }
+}
+
+// Widens `rows` rows of `dim` elements, times `factor`, to fp32 rows of `width` >= dim floats, zero-filled.
+template <class T>
+void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float factor, float* packed,
+               int64_t width) {
+  for (int64_t row = 0; row < rows; row++, source += stride, packed += width)
+    for (int64_t d = 0; d < width; d += kLanes)
+      store(packed + d, d < dim ? load_upto(source + d, dim - d) * factor : vf{});
+}

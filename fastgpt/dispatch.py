@@ -1,0 +1,168 @@
+"""Which backend serves a call.
+
+The order is the ``backend=`` argument, then ``FASTGPT_BACKEND``, then ``auto``. What is asked
+for by name never falls back: it raises :class:`BackendUnsupported` with every reason.
+
+A backend is one file per op, ``fastgpt/ops/<op>/<backend>.py``, with a function
+``unsupported(call) -> list[str]`` that reads metadata only and returns every reason why it
+cannot serve the call, and a row in :data:`BACKENDS` here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import logging
+import os
+import warnings
+from types import ModuleType
+from typing import Protocol
+
+import torch
+
+OPS = ("attention", "decode", "norm")
+AUTO_ORDER = {
+    "cpu": ("cpu", "torch", "reference"),
+    "cuda": ("cuda", "triton", "torch", "reference"),
+}
+LARGE_REFERENCE = 1 << 26  # elements of the matrix that `reference` materialises
+
+logger = logging.getLogger("fastgpt")
+_said: set[str] = set()
+
+
+class BackendUnsupported(RuntimeError):
+    """The backend that was asked for cannot serve the call; the message lists every reason."""
+
+
+class Call(Protocol):
+    """The metadata of one call of an op; each op's ``spec.py`` has its own."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    def describe(self) -> str: ...
+
+
+def _probe_cpu() -> str | None:
+    try:
+        try:
+            importlib.import_module("fastgpt._cpu")
+        except ImportError as error:
+            # The module takes OpenMP from whatever torch has loaded; this torch came without any.
+            if "GOMP_" not in str(error) and "omp_" not in str(error):
+                raise
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+            importlib.import_module("fastgpt._cpu")
+    except ModuleNotFoundError as error:
+        if error.name != "fastgpt._cpu":
+            return f"importing fastgpt._cpu failed: {error}"
+        return "the native CPU module was not built (FASTGPT_BUILD=0 at installation, or a bare source tree)"
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _probe_unwritten() -> str:
+    return "this version of fastgpt has no kernels for it"
+
+
+def _probe_always() -> None:
+    return None
+
+
+BACKENDS = {
+    "reference": _probe_always,
+    "torch": _probe_always,
+    "cpu": _probe_cpu,
+    "triton": _probe_unwritten,
+    "cuda": _probe_unwritten,
+}
+
+
+@functools.cache
+def unavailable(backend: str) -> str | None:
+    """Why ``backend`` cannot be used in this process, in its original words; None if it can."""
+    return BACKENDS[backend]()
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module ``fastgpt.ops.<op>.<backend>``, imported on first use."""
+    return importlib.import_module(f"fastgpt.ops.{op}.{backend}")
+
+
+def _reasons(call: Call, backend: str) -> list[str]:
+    reason = unavailable(backend)
+    return [reason] if reason else implementation(call.op, backend).unsupported(call)
+
+
+def explain(call: Call) -> dict[str, list[str]]:
+    """For every backend, each reason why it cannot serve ``call``; an empty list if it can."""
+    return {backend: _reasons(call, backend) for backend in BACKENDS}
+
+
+def requested(backend: str | None) -> str:
+    """The name that was asked for: the argument, else ``FASTGPT_BACKEND``, else ``auto``.
+
+    Raises:
+        ValueError: the name is not a backend.
+    """
+    origin = "backend" if backend is not None else "FASTGPT_BACKEND"
+    name = backend if backend is not None else os.environ.get("FASTGPT_BACKEND") or "auto"
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{origin}: got {name!r}, expected one of auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def resolve(call: Call, name: str) -> str:
+    """The backend that serves ``call``, ``name`` being what was asked for (see :func:`requested`).
+
+    Raises:
+        BackendUnsupported: the backend asked for, or with ``auto`` every one, cannot.
+    """
+    if name != "auto":
+        if reasons := _reasons(call, name):
+            raise BackendUnsupported(
+                f"backend {name!r} cannot serve {call.describe()}:\n"
+                + "\n".join(f"  - {r}" for r in reasons)
+            )
+        return name
+    refused = {}
+    for candidate in AUTO_ORDER.get(call.device, ("torch", "reference")):
+        refused[candidate] = _reasons(call, candidate)
+        if not refused[candidate]:
+            return candidate
+        _say_once(
+            logging.DEBUG, f"{call.op}: {candidate} passed over: {'; '.join(refused[candidate])}"
+        )
+    listed = "\n".join(
+        f"  - {name}: {reason}" for name, reasons in refused.items() for reason in reasons
+    )
+    raise BackendUnsupported(f"no backend can serve {call.describe()}:\n{listed}")
+
+
+def warn_if_slow(asked: str, op: str, elements: int) -> None:
+    """Warns once per op where ``auto`` has landed on `reference` for a large input."""
+    if torch.compiler.is_compiling():
+        return
+    if asked == "auto" and elements > LARGE_REFERENCE and op not in _said:
+        _said.add(op)
+        warnings.warn(
+            f"fastgpt: {op} of {elements:,} elements runs on the slow 'reference' backend; "
+            "backend='cpu' (or another) says why it cannot serve this call",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _say_once(level: int, text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        logger.log(level, text)
+
+
+def native_dtype(dtype: torch.dtype) -> int:
+    """The number of ``dtype`` in ``csrc/include/fastgpt/params.h``."""
+    return {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]

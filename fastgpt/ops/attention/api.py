@@ -1,0 +1,353 @@
+"""``fastgpt.attention`` and ``fastgpt.attention_varlen``."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import dispatch
+from fastgpt.ops.attention import library
+from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors, features
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT32_MAX = 2**31 - 1
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def concrete(size: int) -> int:
+    """``size`` itself; torch.compile specialises on it, where int() would leave it symbolic."""
+    return len(range(size))
+
+
+def check_tensor(name: str, value: object, ndim: int, axes: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor {axes}")
+    if value.dim() != ndim:
+        raise ValueError(f"{name}: got shape {_shape(value)}, expected {ndim} dimensions {axes}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64"
+        )
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        raise ValueError(
+            f"{name}: got strides {value.stride()}, expected the last one to be 1; call .contiguous() on it"
+        )
+
+
+def check_same(name: str, value: Tensor, q: Tensor) -> None:
+    if value.dtype != q.dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {q.dtype} like q")
+    if value.device != q.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {q.device} like q")
+
+
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str, str] = ("q", "k", "v")
+) -> None:
+    """Ranks, dtypes, devices, strides and the sizes that must agree; a ValueError or TypeError if not."""
+    qn, kn, vn = names
+    ndim, lead = (3, "total") if packed else (4, "batch, seqlen")
+    check_tensor(qn, q, ndim, f"({lead}, nheads, headdim)")
+    check_tensor(kn, k, ndim, f"({lead}, nheads_k, headdim)")
+    check_tensor(vn, v, ndim, f"({lead}, nheads_k, headdim_v)")
+    check_same(kn, k, q)
+    check_same(vn, v, q)
+    if q.shape[-1] < 1 or v.shape[-1] < 1:
+        raise ValueError(
+            f"{qn}, {vn}: got headdims {q.shape[-1]} and {v.shape[-1]}, expected at least 1"
+        )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{kn}: got headdim {k.shape[-1]}, expected {q.shape[-1]} like {qn}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"{vn}: got shape {_shape(v)}, expected {_shape(k)[:-1]} like {kn}, up to the headdim"
+        )
+    if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2] != 0:
+        raise ValueError(
+            f"{kn}: got {k.shape[-2]} heads, expected a divisor of the {q.shape[-2]} heads of {qn}"
+        )
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"{kn}: got batch {k.shape[0]}, expected {q.shape[0]} like {qn}")
+    for name, t in ((qn, q), (kn, k)):
+        if t.shape[0 if packed else 1] > INT32_MAX:
+            raise ValueError(
+                f"{name}: got {t.shape[0 if packed else 1]} tokens, expected at most {INT32_MAX}"
+            )
+
+
+def check_scale(softmax_scale: float | None, headdim: int) -> float:
+    if softmax_scale is None:
+        return concrete(headdim) ** -0.5
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(
+            f"softmax_scale: got {type(softmax_scale).__name__}, expected a float or None"
+        )
+    if not -math.inf < softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale: got {softmax_scale}, expected a finite number")
+    return float(softmax_scale)
+
+
+def check_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """(left, right), with causal folded in: right = 0."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: got {causal!r}, expected True or False")
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size: got {window_size!r}, expected (left, right)")
+    for size in window_size:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"window_size: got {window_size!r}, expected two integers")
+        if not -1 <= size <= INT32_MAX:
+            raise ValueError(
+                f"window_size: got {tuple(window_size)}, expected −1 (unlimited) to {INT32_MAX}"
+            )
+    left, right = window_size
+    return left, 0 if causal else right
+
+
+def _check_options(
+    q: Tensor,
+    batch: int,
+    softcap: float,
+    dropout_p: float,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    attn_bias: Tensor | None,
+    rng_state: Tensor | None,
+    bias_shape: tuple[int, int, int, int] | None,
+) -> Tensor | None:
+    """Checks the rest of the specification; returns the dropout state, drawn if none was given."""
+    nheads = q.shape[-2]
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: got {softcap}, expected a finite number, 0 for none")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}, expected 0 <= dropout_p < 1")
+    for name, t, shapes in (
+        ("alibi_slopes", alibi_slopes, ((nheads,), (batch, nheads))),
+        ("sink", sink, ((nheads,),)),
+    ):
+        if t is None:
+            continue
+        if tuple(t.shape) not in shapes:
+            raise ValueError(
+                f"{name}: got shape {_shape(t)}, expected {' or '.join(map(str, shapes))}"
+            )
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected float32")
+        if t.device != q.device:
+            raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
+    if attn_bias is not None:
+        if bias_shape is None:
+            raise ValueError("attn_bias: got a tensor, expected None with packed sequences")
+        if attn_bias.dim() != 4 or any(
+            a not in (1, b) for a, b in zip(attn_bias.shape, bias_shape, strict=True)
+        ):
+            raise ValueError(
+                f"attn_bias: got shape {_shape(attn_bias)}, expected {bias_shape} or 1 in any of its places"
+            )
+        if attn_bias.dtype != torch.bool and not attn_bias.dtype.is_floating_point:
+            raise TypeError(
+                f"attn_bias: got dtype {attn_bias.dtype}, expected bool or floating point"
+            )
+        if attn_bias.device != q.device:
+            raise ValueError(
+                f"attn_bias: got device {attn_bias.device}, expected {q.device} like q"
+            )
+    if not dropout_p:
+        return None
+    if rng_state is None:
+        return torch.randint(2**31, (2,), device=q.device, dtype=torch.int64)
+    if (
+        tuple(rng_state.shape) != (2,)
+        or rng_state.dtype != torch.int64
+        or rng_state.device != q.device
+    ):
+        raise ValueError(
+            f"rng_state: got {rng_state.dtype} {_shape(rng_state)} on {rng_state.device}, "
+            f"expected int64 (2,) on {q.device}: seed and offset"
+        )
+    return rng_state
+
+
+@functools.cache
+def _resolve(asked: str, *metadata: Any) -> str:
+    return dispatch.resolve(AttentionCall(*metadata), asked)
+
+
+@torch.compiler.assume_constant_result  # torch.compile evaluates it while tracing, once per graph
+def _backend(asked: str, *metadata: Any) -> str:
+    return _resolve(asked, *metadata)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    tensors: AttentionTensors,
+    return_lse: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    inputs = (q, k, v, tensors.sink, tensors.attn_bias)
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    asked = dispatch.requested(backend)
+    headdims = concrete(q.shape[-1]), concrete(v.shape[-1])
+    name = _backend(asked, q.device.type, q.dtype, *headdims, features(spec, return_lse, backward))
+    if name == "reference":
+        dispatch.warn_if_slow(asked, "attention", q.numel() // q.shape[-1] * k.shape[-3])
+    elif name == "torch":
+        return dispatch.implementation("attention", "torch").attention(q, k, v, spec, tensors)
+    out, lse = library.run(backward, q, k, v, *library.pack(spec, tensors, name))
+    return (out, lse) if return_lse else out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Fused attention, ``softmax(softmax_scale · q kᵀ + mask) v``, with its backward.
+
+    No (seqlen_q, seqlen_k) matrix is stored (FlashAttention, Dao et al. 2022, arXiv:2205.14135).
+
+    Args:
+        q: (batch, seqlen_q, nheads, headdim), float32, bfloat16, float16 (float64 on ``reference``).
+            Any strides whose last is 1.
+        k: (batch, seqlen_k, nheads_k, headdim); nheads is a multiple of nheads_k (GQA, MQA).
+        v: (batch, seqlen_k, nheads_k, headdim_v).
+        causal: key j is visible to query i iff ``j <= i + seqlen_k − seqlen_q`` (the last query
+            sees the last key): for seqlen_q = 2 and seqlen_k = 5 the mask is ``1 1 1 1 0 / 1 1 1 1 1``.
+        softmax_scale: factor of q·k; default ``headdim ** −0.5``.
+        window_size: (left, right): only keys with
+            ``i + seqlen_k − seqlen_q − left <= j <= i + seqlen_k − seqlen_q + right`` are visible; −1 = unlimited.
+        softcap: the scores become ``softcap · tanh(scores / softcap)``; 0 = off.
+        alibi_slopes: (nheads) or (batch, nheads), float32: ``−slope · |i + seqlen_k − seqlen_q − j|`` is
+            added (Press et al. 2021, arXiv:2108.12409).
+        sink: (nheads), float32: a logit that joins the softmax's denominator only.
+        attn_bias: (batch, nheads, seqlen_q, seqlen_k) or 1 in any place; added to the scores, or,
+            if bool, True where a key is visible.
+        dropout_p: probability of dropping a softmax probability.
+        rng_state: (2), int64: Philox seed and offset of the dropout; drawn from torch's generator if None.
+        return_lse: also return the log-sum-exp of each row's scores.
+        backend: ``auto``, ``cpu``, ``torch``, ``reference``, ``triton`` or ``cuda``; default
+            ``FASTGPT_BACKEND``, else ``auto``.
+
+    Returns:
+        out (batch, seqlen_q, nheads, headdim_v) in q's dtype; with ``return_lse`` also lse
+        (batch, nheads, seqlen_q), float32, natural logarithm. A row that sees no key gives 0 and −inf.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it.
+        fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
+    """
+    check_qkv(q, k, v, packed=False)
+    left, right = check_window(causal, window_size)
+    (batch, seqlen_q, nheads, headdim), seqlen_k = q.shape, k.shape[1]
+    bias_shape = (batch, nheads, seqlen_q, seqlen_k)
+    rng_state = _check_options(
+        q, batch, softcap, dropout_p, alibi_slopes, sink, attn_bias, rng_state, bias_shape
+    )
+    spec = AttentionSpec(
+        check_scale(softmax_scale, headdim),
+        left,
+        right,
+        float(softcap),
+        float(dropout_p),
+        alibi=alibi_slopes is not None,
+        sink=sink is not None,
+        bias=attn_bias is not None,
+    )
+    tensors = AttentionTensors(
+        alibi_slopes=alibi_slopes, sink=sink, attn_bias=attn_bias, rng_state=rng_state
+    )
+    return _run(q, k, v, spec, tensors, return_lse, backend)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`attention` over sequences packed one after the other.
+
+    Args:
+        q: (total_q, nheads, headdim). k: (total_k, nheads_k, headdim). v: (total_k, nheads_k, headdim_v).
+        cu_seqlens_q: (batch + 1), int32: sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``.
+        cu_seqlens_k: (batch + 1), int32, likewise for keys.
+
+    The other arguments are those of :func:`attention`.
+
+    Returns:
+        out (total_q, nheads, headdim_v); with ``return_lse`` also lse (nheads, total_q), float32.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it.
+        fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
+    """
+    check_qkv(q, k, v, packed=True)
+    left, right = check_window(causal, window_size)
+    for name, edges, total in (
+        ("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
+        ("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
+    ):
+        if edges.dim() != 1 or edges.shape[0] < 2 or edges.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"{name}: got shape {_shape(edges)}, expected (batch + 1,), the same for q and k"
+            )
+        if edges.dtype != torch.int32 or edges.device != q.device:
+            raise TypeError(
+                f"{name}: got {edges.dtype} on {edges.device}, expected int32 on {q.device}"
+            )
+        if edges.device.type == "cpu" and not torch.compiler.is_compiling():
+            values = edges.tolist()
+            if values[0] != 0 or values[-1] != total or sorted(values) != values:
+                raise ValueError(
+                    f"{name}: got {values}, expected 0 rising to {total}, the number of tokens"
+                )
+    batch = cu_seqlens_q.shape[0] - 1
+    rng_state = _check_options(
+        q, batch, softcap, dropout_p, alibi_slopes, sink, None, rng_state, None
+    )
+    spec = AttentionSpec(
+        check_scale(softmax_scale, q.shape[-1]),
+        left,
+        right,
+        float(softcap),
+        float(dropout_p),
+        alibi=alibi_slopes is not None,
+        sink=sink is not None,
+        varlen=True,
+    )
+    tensors = AttentionTensors(cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, None, rng_state)
+    return _run(q, k, v, spec, tensors, return_lse, backend)

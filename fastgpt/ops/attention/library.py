@@ -1,0 +1,165 @@
+"""The ``torch.library`` operators of attention: schemas, fakes and the derivative.
+
+``fastgpt::attention_fwd`` and ``fastgpt::attention_bwd`` have fixed arity, tensors first; the
+backend has been chosen by then. The backward takes ``out`` and ``lse`` from outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgpt import dispatch
+from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
+
+_OPTIONAL = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sink, "
+    "Tensor? attn_bias, Tensor? rng_state, "
+    "float softmax_scale, int window_left, int window_right, float softcap, float dropout_p, str backend"
+)
+_SCALARS = 6  # the last arguments of both schemas, from softmax_scale to backend
+
+library = torch.library.Library("fastgpt", "FRAGMENT")
+library.define(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONAL}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONAL})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors, str]:
+    tensors = AttentionTensors(*args[:-_SCALARS])
+    *scalars, backend = args[-_SCALARS:]
+    spec = AttentionSpec(
+        *scalars,
+        tensors.alibi_slopes is not None,
+        tensors.sink is not None,
+        tensors.attn_bias is not None,
+        tensors.cu_seqlens_q is not None,
+    )
+    return spec, tensors, backend
+
+
+def pack(spec: AttentionSpec, tensors: AttentionTensors, backend: str) -> tuple[Any, ...]:
+    """The arguments of both operators that follow q, k, v (and the backward's own)."""
+    return (*tensors, *spec[: _SCALARS - 1], backend)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    spec, tensors, backend = _unpack(args)
+    out, lse = dispatch.implementation("attention", backend).forward(q, k, v, spec, tensors)
+    return out.contiguous(), lse.contiguous()
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if q.dim() == 3:
+        return out, q.new_empty(q.shape[1], q.shape[0], dtype=acc)
+    return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=acc)
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    spec, tensors, backend = _unpack(args)
+    # autograd makes these, with any strides (a sum's gradient is expanded); kernels read unit rows.
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    implementation = dispatch.implementation("attention", backend)
+    grads = implementation.backward(dout, dlse, q, k, v, out, lse, spec, tensors)
+    return tuple(q.new_empty(0) if grad is None else grad.contiguous() for grad in grads)  # type: ignore[return-value]
+
+
+def _backward_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, tensors, _ = _unpack(args)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    sink, bias = tensors.sink, tensors.attn_bias
+    dsink = q.new_empty(0) if sink is None else torch.empty_like(sink)
+    has_dbias = bias is not None and bias.dtype != torch.bool
+    dbias = bias.new_empty(bias.shape) if bias is not None and has_dbias else q.new_empty(0)
+    return dq, dk, dv, dsink, dbias
+
+
+class Attention(torch.autograd.Function):
+    """attention_fwd with its derivative."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _below_autograd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *optional = inputs[:-_SCALARS]
+        ctx.save_for_backward(q, k, v, *output, *optional)
+        ctx.scalars = inputs[-_SCALARS:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *optional = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv, dsink, dbias = torch.ops.fastgpt.attention_bwd.default(
+            dout, dlse, q, k, v, out, lse, *optional, *ctx.scalars
+        )
+        needs = dict(
+            zip(("q", "k", "v", *AttentionTensors._fields), ctx.needs_input_grad, strict=False)
+        )
+        grads = {"q": dq, "k": dk, "v": dv, "sink": dsink, "attn_bias": dbias}
+        return (
+            *(grads.get(name) if need else None for name, need in needs.items()),
+            *(None,) * _SCALARS,
+        )
+
+
+def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastgpt.attention_fwd.default(*args)
+
+
+def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    tensors = (a for a in args if isinstance(a, Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return Attention.apply(*args)
+    return _below_autograd(*args)
+
+
+def run(backward: bool, *args: Any) -> tuple[Tensor, Tensor]:
+    """attention_fwd by the shortest way: in eager mode, past the dispatcher's autograd key (10 µs)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.fastgpt.attention_fwd.default(*args)
+    return Attention.apply(*args) if backward else _below_autograd(*args)
+
+
+library.impl("attention_fwd", _forward, "CompositeExplicitAutograd")
+library.impl("attention_fwd", _forward_autograd, "Autograd")
+library.impl("attention_bwd", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgpt::attention_fwd", _forward_fake, lib=library)
+torch.library.register_fake("fastgpt::attention_bwd", _backward_fake, lib=library)

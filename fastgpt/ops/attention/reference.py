@@ -1,0 +1,249 @@
+"""Attention as it is defined, in eager PyTorch: the oracle of every other backend.
+
+Computes in fp64 for fp64 tensors and in fp32 otherwise, and materialises the (seqlen_q, seqlen_k)
+matrix of scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
+
+
+def unsupported(call: AttentionCall) -> list[str]:
+    return []
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def visible(sq: int, sk: int, spec: AttentionSpec, device: torch.device) -> Tensor:
+    """(sq, sk) bool: which keys a query sees."""
+    i = torch.arange(sq, device=device)[:, None] + (sk - sq)
+    j = torch.arange(sk, device=device)[None, :]
+    mask = torch.ones(sq, sk, dtype=torch.bool, device=device)
+    if spec.window_left >= 0:
+        mask &= j >= i - spec.window_left
+    if spec.window_right >= 0:
+        mask &= j <= i + spec.window_right
+    return mask
+
+
+def philox_keep(
+    rng_state: Tensor,
+    dropout_p: float,
+    batch: int,
+    nheads: int,
+    sq: int,
+    sk: int,
+    first_batch: int = 0,
+) -> Tensor:
+    """(batch, nheads, sq, sk) bool: which probabilities dropout keeps.
+
+    A pure function of seed, offset, batch, head, i and j. Philox4x32-10 (Salmon et al. 2011) with
+    key = the 64 bits of the seed and counter = (j >> 2, i, batch · nheads + head, offset); lane
+    j & 3 of its four outputs is kept iff it is at least dropout_p · 2^32. The offset counts mod 2^32.
+    """
+    device = rng_state.device
+    low = 0xFFFFFFFF
+    seed, offset = rng_state[0], rng_state[1]
+    key = [seed & low, (seed >> 32) & low]
+    blocks = (sk + 3) // 4
+    c0 = torch.arange(blocks, device=device).view(1, 1, blocks)
+    c1 = torch.arange(sq, device=device).view(1, sq, 1)
+    c2 = (torch.arange(batch * nheads, device=device) + first_batch * nheads).view(-1, 1, 1)
+    counter = list(torch.broadcast_tensors(c0, c1, c2, (offset & low).view(1, 1, 1)))
+    for _ in range(10):
+        # The product wraps in int64; its bits are the unsigned ones, and the mask drops the sign.
+        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            ((b >> 32) & low) ^ counter[1] ^ key[0],
+            b & low,
+            ((a >> 32) & low) ^ counter[3] ^ key[1],
+            a & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    bits = torch.stack(counter, dim=-1).view(batch, nheads, sq, 4 * blocks)[..., :sk]
+    return bits >= min(round(dropout_p * 2**32), low)
+
+
+def _scores(
+    q: Tensor, k: Tensor, spec: AttentionSpec, tensors: AttentionTensors
+) -> tuple[Tensor, Tensor]:
+    """Scores (batch, nheads, sq, sk), −inf where a key is not visible; and softmax_scale · q·k."""
+    acc = accumulator(q.dtype)
+    (batch, sq, nheads, _), sk = q.shape, k.shape[1]
+    k = k.repeat_interleave(nheads // k.shape[2], dim=2)
+    x = torch.einsum("bihd,bjhd->bhij", q.to(acc), k.to(acc)) * spec.softmax_scale
+    s = spec.softcap * torch.tanh(x / spec.softcap) if spec.softcap else x
+    if tensors.alibi_slopes is not None:
+        i = torch.arange(sq, device=q.device)[:, None] + (sk - sq)
+        distance = (i - torch.arange(sk, device=q.device)[None, :]).abs()
+        slopes = tensors.alibi_slopes.to(acc).expand(batch, nheads)
+        s = s - slopes[:, :, None, None] * distance
+    bias = tensors.attn_bias
+    if bias is not None and bias.dtype != torch.bool:
+        s = s + bias.to(acc)
+    s = s.masked_fill(~visible(sq, sk, spec, q.device), -torch.inf)
+    if bias is not None and bias.dtype == torch.bool:
+        s = s.masked_fill(~bias, -torch.inf)
+    return s, x
+
+
+def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
+    """exp(s − lse); 0 in rows that see no key."""
+    return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+
+
+def _keep_factor(
+    p: Tensor, spec: AttentionSpec, tensors: AttentionTensors, first_batch: int
+) -> Tensor | None:
+    """What dropout multiplies a probability by: 0 or 1 / (1 − dropout_p)."""
+    if not spec.dropout_p:
+        return None
+    assert tensors.rng_state is not None
+    keep = philox_keep(tensors.rng_state, spec.dropout_p, *p.shape, first_batch=first_batch)
+    return keep.to(p.dtype) / (1 - spec.dropout_p)
+
+
+def _forward_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    tensors: AttentionTensors,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    acc = accumulator(q.dtype)
+    s, _ = _scores(q, k, spec, tensors)
+    lse = torch.logsumexp(s, dim=-1)
+    if tensors.sink is not None:
+        lse = torch.logaddexp(lse, tensors.sink.to(acc)[None, :, None])
+    p = _probabilities(s, lse)
+    factor = _keep_factor(p, spec, tensors, first_batch)
+    if factor is not None:
+        p = p * factor
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    out = torch.einsum("bhij,bjhd->bihd", p, v.to(acc))
+    return out.to(q.dtype), lse
+
+
+def _backward_dense(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    tensors: AttentionTensors,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    acc = accumulator(q.dtype)
+    (batch, sk, nheads_k, _), nheads = k.shape, q.shape[2]
+    group = nheads // nheads_k
+    dout, lse = dout.to(acc), lse.to(acc)
+    s, x = _scores(q, k, spec, tensors)
+    p = _probabilities(s, lse)
+    factor = _keep_factor(p, spec, tensors, first_batch)
+    # out = P V, so dV = Pᵀ dout and dP = dout Vᵀ.
+    dropped = p if factor is None else p * factor
+    dv = torch.einsum("bhij,bihd->bjhd", dropped, dout)
+    dp = torch.einsum("bihd,bjhd->bhij", dout, v.repeat_interleave(group, dim=2).to(acc))
+    if factor is not None:
+        dp = dp * factor
+    # P = exp(s − lse) with d lse/d s = P: ds = P (dP − delta), delta = Σ_d dout · out − dlse.
+    delta = torch.einsum("bihd,bihd->bhi", dout, out.to(acc))
+    if dlse is not None:
+        delta = delta - dlse.to(acc)
+    ds = p * (dp - delta[..., None])
+    dsink = dbias = None
+    if tensors.sink is not None:
+        # The sink is a column with value 0: its dP is 0.
+        p_sink = torch.exp(tensors.sink.to(acc)[None, :, None] - lse)
+        dsink = -(p_sink * delta).sum((0, 2)).to(tensors.sink.dtype)
+    if tensors.attn_bias is not None and tensors.attn_bias.dtype != torch.bool:
+        dbias = ds.sum_to_size(tensors.attn_bias.shape).to(tensors.attn_bias.dtype)
+    if spec.softcap:
+        ds = ds * (1 - torch.tanh(x / spec.softcap) ** 2)  # d softcap(x) / dx
+    ds = ds * spec.softmax_scale
+    dq = torch.einsum("bhij,bjhd->bihd", ds, k.repeat_interleave(group, dim=2).to(acc))
+    dk = torch.einsum("bhij,bihd->bjhd", ds, q.to(acc))
+    dk = dk.view(batch, sk, nheads_k, group, -1).sum(3)
+    dv = dv.view(batch, sk, nheads_k, group, -1).sum(3)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, dbias
+
+
+def _sequences(tensors: AttentionTensors) -> list[tuple[slice, slice, AttentionTensors]]:
+    """The rows of each packed sequence, and its optional tensors."""
+    assert tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None
+    edges_q, edges_k = tensors.cu_seqlens_q.tolist(), tensors.cu_seqlens_k.tolist()
+    pieces = []
+    for b in range(len(edges_q) - 1):
+        slopes = tensors.alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b : b + 1]
+        pieces.append(
+            (
+                slice(edges_q[b], edges_q[b + 1]),
+                slice(edges_k[b], edges_k[b + 1]),
+                tensors._replace(alibi_slopes=slopes),
+            )
+        )
+    return pieces
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors
+) -> tuple[Tensor, Tensor]:
+    """out, in q's layout and dtype; lse (batch, nheads, seqlen_q), or (nheads, total_q) if packed."""
+    if not spec.varlen:
+        return _forward_dense(q, k, v, spec, tensors)
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator(q.dtype))
+    for b, (rows_q, rows_k, own) in enumerate(_sequences(tensors)):
+        out_b, lse_b = _forward_dense(
+            q[None, rows_q], k[None, rows_k], v[None, rows_k], spec, own, b
+        )
+        out[rows_q], lse[:, rows_q] = out_b[0], lse_b[0]
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    tensors: AttentionTensors,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, sink and attn_bias (None where there is none)."""
+    if not spec.varlen:
+        return _backward_dense(dout, dlse, q, k, v, out, lse, spec, tensors)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dsink = None if tensors.sink is None else torch.zeros_like(tensors.sink)
+    for b, (rows_q, rows_k, own) in enumerate(_sequences(tensors)):
+        dlse_b = None if dlse is None else dlse[None, :, rows_q]
+        dq_b, dk_b, dv_b, dsink_b, _ = _backward_dense(
+            dout[None, rows_q],
+            dlse_b,
+            q[None, rows_q],
+            k[None, rows_k],
+            v[None, rows_k],
+            out[None, rows_q],
+            lse[None, :, rows_q],
+            spec,
+            own,
+            b,
+        )
+        dq[rows_q], dk[rows_k], dv[rows_k] = dq_b[0], dk_b[0], dv_b[0]
+        if dsink is not None:
+            dsink += dsink_b
+    return dq, dk, dv, dsink, None

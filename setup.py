@@ -1,0 +1,67 @@
+"""Builds the native modules with CMake and Ninja; everything else is in pyproject.toml.
+
+``FASTGPT_BUILD=0`` installs the Python part alone. torch is not needed to build: the
+native code includes no torch header and links against no torch library.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def build_native() -> bool:
+    value = os.environ.get("FASTGPT_BUILD", "1")
+    if value not in ("0", "1"):
+        raise SystemExit(f"FASTGPT_BUILD: got {value!r}, expected '0' or '1'")
+    return value == "1"
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        import pybind11
+
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT / "csrc"),
+            "-B",
+            str(build_dir),
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        ninja = shutil.which("ninja")
+        if ninja:
+            # An isolated build has its own ninja; a cache from an earlier build names one that is gone.
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build_dir)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(
+                f"fastgpt: building the native CPU module failed ({error}). It needs a C++17 compiler; "
+                "FASTGPT_BUILD=0 installs the Python part alone, which runs on the 'torch' and "
+                "'reference' backends."
+            ) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build_dir / target.name, target)
+
+
+setup(
+    ext_modules=[Extension("fastgpt._cpu", sources=[])] if build_native() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
