@@ -125,8 +125,7 @@ def resolve(call: Call, name: str) -> str:
     if name != "auto":
         if reasons := _reasons(call, name):
             raise BackendUnsupported(
-                f"backend {name!r} cannot serve {call.describe()}:\n"
-                + "\n".join(f"  - {r}" for r in reasons)
+                f"backend {name!r} cannot serve {call.describe()}:\n" + "\n".join(f"  - {r}" for r in reasons)
             )
         return name
     refused = {}
@@ -134,12 +133,8 @@ def resolve(call: Call, name: str) -> str:
         refused[candidate] = _reasons(call, candidate)
         if not refused[candidate]:
             return candidate
-        _say_once(
-            logging.DEBUG, f"{call.op}: {candidate} passed over: {'; '.join(refused[candidate])}"
-        )
-    listed = "\n".join(
-        f"  - {name}: {reason}" for name, reasons in refused.items() for reason in reasons
-    )
+        _say_once(logging.DEBUG, f"{call.op}: {candidate} passed over: {'; '.join(refused[candidate])}")
+    listed = "\n".join(f"  - {name}: {reason}" for name, reasons in refused.items() for reason in reasons)
     raise BackendUnsupported(f"no backend can serve {call.describe()}:\n{listed}")
 
 

@@ -16,7 +16,9 @@ FASTGPT_INLINE Rows<T> rows_of(const Tensor& t, int64_t b, int64_t h) {
   return {static_cast<T*>(t.data) + b * t.batch_stride + h * t.head_stride, t.seq_stride};
 }
 
-FASTGPT_INLINE int64_t next_unit(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+FASTGPT_INLINE int64_t next_unit(int64_t* counter) {
+  return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+}
 
 // Sets scores[r][c] to -inf where key first_key + c is not in the interval that the mask gives query
 // first_query + r, for c in [col_begin, col_end); both are multiples of kLanes.

@@ -80,20 +80,24 @@ struct AttentionForward {
         int64_t head = u / key_chunks, first = u % key_chunks * key_chunk;
         int64_t b = head / p.nheads_k, h = head % p.nheads_k, keys = min(key_chunk, p.seqlen_k - first);
         Rows<const T> k = rows_of<const T>(p.k, b, h), v = rows_of<const T>(p.v, b, h);
-        pack_panels<kTileCols>(k[first], k.stride, keys, p.headdim, 1.0f, packed_k + head * k_size + first * p.headdim);
-        pack_rows(v[first], v.stride, keys, p.headdim_v, 1.0f, packed_v + head * v_size + first * v_width, v_width);
+        pack_panels<kTileCols>(k[first], k.stride, keys, p.headdim, 1.0f,
+                               packed_k + head * k_size + first * p.headdim);
+        pack_rows(v[first], v.stride, keys, p.headdim_v, 1.0f, packed_v + head * v_size + first * v_width,
+                  v_width);
       }
 #pragma omp barrier
       float* workspace = workspaces + next_unit(&thread_counter) * thread_size;
       for (int64_t u; (u = next_unit(&unit_counter)) < p.batch * p.nheads * query_tiles;) {
         int64_t bh = u / query_tiles, tile = query_tiles - 1 - u % query_tiles;
         int64_t b = bh / p.nheads, h = bh % p.nheads, kv_head = b * p.nheads_k + h / group;
-        query_tile(b, h, tile * kQueryTile, packed_k + kv_head * k_size, packed_v + kv_head * v_size, workspace);
+        query_tile(b, h, tile * kQueryTile, packed_k + kv_head * k_size, packed_v + kv_head * v_size,
+                   workspace);
       }
     }
   }
 
-  void query_tile(int64_t b, int64_t h, int64_t first_query, const float* k, const float* v, float* workspace) {
+  void query_tile(int64_t b, int64_t h, int64_t first_query, const float* k, const float* v,
+                  float* workspace) {
     Mask mask(p.seqlen_q, p.seqlen_k, p.window_left, p.window_right);
     int64_t rows = min(kQueryTile, p.seqlen_q - first_query);
     int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -109,7 +113,8 @@ struct AttentionForward {
     pack_panels<kTileRows>(source[first_query], source.stride, rows, p.headdim, p.softmax_scale * kLog2e, q);
 
     int64_t last_key = mask.end(first_query + rows - 1);
-    for (int64_t block = mask.begin(first_query) / kKeyBlock * kKeyBlock; block < last_key; block += kKeyBlock)
+    for (int64_t block = mask.begin(first_query) / kKeyBlock * kKeyBlock; block < last_key;
+         block += kKeyBlock)
       for (int64_t t = 0; t < tiles; t++) {
         int64_t i = first_query + t * kTileRows, n = min(kTileRows, rows - t * kTileRows);
         int64_t begin = max(mask.begin(i), block), end = min(mask.end(i + n - 1), block + kKeyBlock);
@@ -117,15 +122,16 @@ struct AttentionForward {
         begin = begin / kTileCols * kTileCols - block;  // from here on, columns of the block
         end -= block;
         for (int64_t c = begin; c < end; c += kTileCols)
-          tile_columns<Update::overwrite, 1, kTileRows, kTileVectors>(p.headdim, q + t * kTileRows * p.headdim,
-                                                                      k + (block + c) * p.headdim, kTileCols,
-                                                                      scores + c, kKeyBlock, nullptr);
+          tile_columns<Update::overwrite, 1, kTileRows, kTileVectors>(
+              p.headdim, q + t * kTileRows * p.headdim, k + (block + c) * p.headdim, kTileCols, scores + c,
+              kKeyBlock, nullptr);
         int64_t end_vector = round_up(end, kLanes);
         if (mask.begin(i + n - 1) > block + begin || mask.end(i) < block + end_vector)
           mask_tile(mask, i, n, block, begin, end_vector, scores, kKeyBlock);
         online_softmax(state[t], scores, begin, end_vector);
-        tile_product<Update::rescale, kKeyBlock, 1>(end - begin, v_width, scores + begin, v + (block + begin) * v_width,
-                                                    v_width, o + t * kTileRows * v_width, v_width, state[t].rescale);
+        tile_product<Update::rescale, kKeyBlock, 1>(end - begin, v_width, scores + begin,
+                                                    v + (block + begin) * v_width, v_width,
+                                                    o + t * kTileRows * v_width, v_width, state[t].rescale);
       }
 
     Rows<T> out = rows_of<T>(p.out, b, h);

@@ -25,9 +25,12 @@ namespace {
 template <template <class> class Kernel, class Params>
 void by_dtype(const Params& params) {
   switch (params.dtype) {
-    case DType::f32: return Kernel<float>{params}.run();
-    case DType::bf16: return Kernel<bf16>{params}.run();
-    case DType::f16: return Kernel<f16>{params}.run();
+    case DType::f32:
+      return Kernel<float>{params}.run();
+    case DType::bf16:
+      return Kernel<bf16>{params}.run();
+    case DType::f16:
+      return Kernel<f16>{params}.run();
   }
 }
 
@@ -38,8 +41,7 @@ void by_dtype(const Params& params) {
 
 extern const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA);
 const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
-    by_dtype<AttentionForward, AttentionParams>,
-    nullptr, nullptr, nullptr, nullptr,
+    by_dtype<AttentionForward, AttentionParams>, nullptr, nullptr, nullptr, nullptr,
 };
 
 }  // namespace fastgpt

@@ -53,7 +53,8 @@ std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) isas.push_back({"avx512", &kernels_avx512});
@@ -72,8 +73,8 @@ Isa choose_isa() {
     if (isa.name == asked) return isa;
     names += (names.empty() ? "" : ", ") + isa.name;
   }
-  throw py::import_error("FASTGPT_CPU_ISA: got '" + std::string(asked) + "', this processor and build accept: " +
-                         names);
+  throw py::import_error("FASTGPT_CPU_ISA: got '" + std::string(asked) +
+                         "', this processor and build accept: " + names);
 }
 
 typedef std::tuple<uintptr_t, int64_t, int64_t, int64_t> PyTensor;  // pointer; batch, seq, head stride
@@ -89,8 +90,8 @@ Tensor tensor(const PyTensor& t) {
 }
 
 void set_attention(AttentionParams& p, int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k,
-                   const PyTensor& v, const PyTensor& out, uintptr_t lse, float softmax_scale, int64_t window_left,
-                   int64_t window_right, int num_threads) {
+                   const PyTensor& v, const PyTensor& out, uintptr_t lse, float softmax_scale,
+                   int64_t window_left, int64_t window_right, int num_threads) {
   p.dtype = static_cast<DType>(dtype);
   std::tie(p.batch, p.seqlen_q, p.seqlen_k, p.nheads, p.nheads_k, p.headdim, p.headdim_v) = sizes;
   p.q = tensor(q);
@@ -117,15 +118,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "attention_forward",
       [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k, const PyTensor& v,
-                const PyTensor& out, uintptr_t lse, float softmax_scale, int64_t window_left, int64_t window_right,
-                int num_threads) {
+                const PyTensor& out, uintptr_t lse, float softmax_scale, int64_t window_left,
+                int64_t window_right, int num_threads) {
         AttentionParams p;
-        set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right, num_threads);
+        set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right,
+                      num_threads);
         py::gil_scoped_release release;
         kernels->attention_forward(p);
       },
-      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
-      py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"), py::arg("num_threads"));
+      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+      py::arg("lse"), py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"),
+      py::arg("num_threads"));
 
   m.def(
       "attention_backward",
@@ -134,7 +137,8 @@ PYBIND11_MODULE(_cpu, m) {
                 const PyTensor& dk, const PyTensor& dv, float softmax_scale, int64_t window_left,
                 int64_t window_right, int num_threads) {
         AttentionBackwardParams p;
-        set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right, num_threads);
+        set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right,
+                      num_threads);
         p.dout = tensor(dout);
         p.dlse = pointer<const float>(dlse);
         p.dq = tensor(dq);
@@ -143,19 +147,19 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         kernels->attention_backward(p);
       },
-      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
-      py::arg("dout"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("softmax_scale"),
-      py::arg("window_left"), py::arg("window_right"), py::arg("num_threads"));
+      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+      py::arg("lse"), py::arg("dout"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+      py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"), py::arg("num_threads"));
 
   m.def(
       "decode",
-      [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k_cache, const PyTensor& v_cache,
-                const PyTensor& out, uintptr_t lse, uintptr_t cache_seqlens, int64_t seqlen_new, const PyTensor& k_new,
-                const PyTensor& v_new, float softmax_scale, int64_t window_left, int64_t window_right,
-                int64_t num_splits, int num_threads) {
+      [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k_cache,
+                const PyTensor& v_cache, const PyTensor& out, uintptr_t lse, uintptr_t cache_seqlens,
+                int64_t seqlen_new, const PyTensor& k_new, const PyTensor& v_new, float softmax_scale,
+                int64_t window_left, int64_t window_right, int64_t num_splits, int num_threads) {
         DecodeParams p;
-        set_attention(p, dtype, sizes, q, k_cache, v_cache, out, lse, softmax_scale, window_left, window_right,
-                      num_threads);
+        set_attention(p, dtype, sizes, q, k_cache, v_cache, out, lse, softmax_scale, window_left,
+                      window_right, num_threads);
         p.cache_seqlens = pointer<const int32_t>(cache_seqlens);
         p.seqlen_new = seqlen_new;
         p.k_new = tensor(k_new);
@@ -164,8 +168,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         kernels->decode(p);
       },
-      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("out"),
-      py::arg("lse"), py::arg("cache_seqlens"), py::arg("seqlen_new"), py::arg("k_new"), py::arg("v_new"),
-      py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"), py::arg("num_splits"),
-      py::arg("num_threads"));
+      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
+      py::arg("out"), py::arg("lse"), py::arg("cache_seqlens"), py::arg("seqlen_new"), py::arg("k_new"),
+      py::arg("v_new"), py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"),
+      py::arg("num_splits"), py::arg("num_threads"));
 }

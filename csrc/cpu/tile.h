@@ -15,7 +15,9 @@ constexpr int kTileRows = 4;
 constexpr int kTileVectors = 2;
 constexpr int kTileCols = kTileVectors * kLanes;
 
-FASTGPT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+FASTGPT_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 FASTGPT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -25,8 +27,8 @@ enum class Update { overwrite, add, rescale };
 //   A(m, k) = a[m * kRowStride + k * kDepthStride], m < kTileRows, k < depth
 //   B(k, n) = b[k * ldb + n],  C(m, n) = c[m * ldc + n], n < Vectors * kLanes
 template <Update kUpdate, int kRowStride, int kDepthStride, int kVectors>
-FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                 const float* scale) {
+FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, int64_t ldb, float* c,
+                                 int64_t ldc, const float* scale) {
   vf acc[kTileRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; m++)
@@ -55,8 +57,8 @@ FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, 
 
 // The same for `cols` columns, a multiple of kLanes.
 template <Update kUpdate, int kRowStride, int kDepthStride>
-__attribute__((noinline)) void tile_product(int64_t depth, int64_t cols, const float* a, const float* b, int64_t ldb,
-                                            float* c, int64_t ldc, const float* scale) {
+__attribute__((noinline)) void tile_product(int64_t depth, int64_t cols, const float* a, const float* b,
+                                            int64_t ldb, float* c, int64_t ldc, const float* scale) {
   int64_t n = 0;
   for (; n + kTileCols <= cols; n += kTileCols)
     tile_columns<kUpdate, kRowStride, kDepthStride, kTileVectors>(depth, a, b + n, ldb, c + n, ldc, scale);

@@ -69,7 +69,7 @@ struct NormBackwardParams {
   const void* dresidual;  // gradient of residual_out, added to dx, or null
   int64_t dresidual_stride;
   const float *mean, *rstd;
-  void* dx;               // (rows, hidden), contiguous
+  void* dx;                // (rows, hidden), contiguous
   float *dweight, *dbias;  // (hidden), or null
   int num_threads;
 };

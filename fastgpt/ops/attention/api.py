@@ -32,9 +32,7 @@ def check_tensor(name: str, value: object, ndim: int, axes: str) -> None:
     if value.dim() != ndim:
         raise ValueError(f"{name}: got shape {_shape(value)}, expected {ndim} dimensions {axes}")
     if value.dtype not in FLOATING:
-        raise TypeError(
-            f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64"
-        )
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(
             f"{name}: got strides {value.stride()}, expected the last one to be 1; call .contiguous() on it"
@@ -60,9 +58,7 @@ def check_qkv(
     check_same(kn, k, q)
     check_same(vn, v, q)
     if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise ValueError(
-            f"{qn}, {vn}: got headdims {q.shape[-1]} and {v.shape[-1]}, expected at least 1"
-        )
+        raise ValueError(f"{qn}, {vn}: got headdims {q.shape[-1]} and {v.shape[-1]}, expected at least 1")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{kn}: got headdim {k.shape[-1]}, expected {q.shape[-1]} like {qn}")
     if v.shape[:-1] != k.shape[:-1]:
@@ -86,9 +82,7 @@ def check_scale(softmax_scale: float | None, headdim: int) -> float:
     if softmax_scale is None:
         return concrete(headdim) ** -0.5
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-        raise TypeError(
-            f"softmax_scale: got {type(softmax_scale).__name__}, expected a float or None"
-        )
+        raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, expected a float or None")
     if not -math.inf < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale: got {softmax_scale}, expected a finite number")
     return float(softmax_scale)
@@ -104,9 +98,7 @@ def check_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"window_size: got {window_size!r}, expected two integers")
         if not -1 <= size <= INT32_MAX:
-            raise ValueError(
-                f"window_size: got {tuple(window_size)}, expected −1 (unlimited) to {INT32_MAX}"
-            )
+            raise ValueError(f"window_size: got {tuple(window_size)}, expected −1 (unlimited) to {INT32_MAX}")
     left, right = window_size
     return left, 0 if causal else right
 
@@ -135,9 +127,7 @@ def _check_options(
         if t is None:
             continue
         if tuple(t.shape) not in shapes:
-            raise ValueError(
-                f"{name}: got shape {_shape(t)}, expected {' or '.join(map(str, shapes))}"
-            )
+            raise ValueError(f"{name}: got shape {_shape(t)}, expected {' or '.join(map(str, shapes))}")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{name}: got dtype {t.dtype}, expected float32")
         if t.device != q.device:
@@ -152,22 +142,14 @@ def _check_options(
                 f"attn_bias: got shape {_shape(attn_bias)}, expected {bias_shape} or 1 in any of its places"
             )
         if attn_bias.dtype != torch.bool and not attn_bias.dtype.is_floating_point:
-            raise TypeError(
-                f"attn_bias: got dtype {attn_bias.dtype}, expected bool or floating point"
-            )
+            raise TypeError(f"attn_bias: got dtype {attn_bias.dtype}, expected bool or floating point")
         if attn_bias.device != q.device:
-            raise ValueError(
-                f"attn_bias: got device {attn_bias.device}, expected {q.device} like q"
-            )
+            raise ValueError(f"attn_bias: got device {attn_bias.device}, expected {q.device} like q")
     if not dropout_p:
         return None
     if rng_state is None:
         return torch.randint(2**31, (2,), device=q.device, dtype=torch.int64)
-    if (
-        tuple(rng_state.shape) != (2,)
-        or rng_state.dtype != torch.int64
-        or rng_state.device != q.device
-    ):
+    if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64 or rng_state.device != q.device:
         raise ValueError(
             f"rng_state: got {rng_state.dtype} {_shape(rng_state)} on {rng_state.device}, "
             f"expected int64 (2,) on {q.device}: seed and offset"
@@ -275,9 +257,7 @@ def attention(
         sink=sink is not None,
         bias=attn_bias is not None,
     )
-    tensors = AttentionTensors(
-        alibi_slopes=alibi_slopes, sink=sink, attn_bias=attn_bias, rng_state=rng_state
-    )
+    tensors = AttentionTensors(alibi_slopes=alibi_slopes, sink=sink, attn_bias=attn_bias, rng_state=rng_state)
     return _run(q, k, v, spec, tensors, return_lse, backend)
 
 
@@ -326,19 +306,13 @@ def attention_varlen(
                 f"{name}: got shape {_shape(edges)}, expected (batch + 1,), the same for q and k"
             )
         if edges.dtype != torch.int32 or edges.device != q.device:
-            raise TypeError(
-                f"{name}: got {edges.dtype} on {edges.device}, expected int32 on {q.device}"
-            )
+            raise TypeError(f"{name}: got {edges.dtype} on {edges.device}, expected int32 on {q.device}")
         if edges.device.type == "cpu" and not torch.compiler.is_compiling():
             values = edges.tolist()
             if values[0] != 0 or values[-1] != total or sorted(values) != values:
-                raise ValueError(
-                    f"{name}: got {values}, expected 0 rising to {total}, the number of tokens"
-                )
+                raise ValueError(f"{name}: got {values}, expected 0 rising to {total}, the number of tokens")
     batch = cu_seqlens_q.shape[0] - 1
-    rng_state = _check_options(
-        q, batch, softcap, dropout_p, alibi_slopes, sink, None, rng_state, None
-    )
+    rng_state = _check_options(q, batch, softcap, dropout_p, alibi_slopes, sink, None, rng_state, None)
     spec = AttentionSpec(
         check_scale(softmax_scale, q.shape[-1]),
         left,

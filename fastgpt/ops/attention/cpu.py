@@ -25,9 +25,7 @@ def unsupported(call: AttentionCall) -> list[str]:
     if max(call.headdim, call.headdim_v) > MAX_HEADDIM:
         reasons.append(f"headdim {max(call.headdim, call.headdim_v)} is above {MAX_HEADDIM}")
     reasons += [
-        f"{name} is not written for the CPU kernels yet"
-        for name in call.features
-        if name not in FEATURES
+        f"{name} is not written for the CPU kernels yet" for name in call.features if name not in FEATURES
     ]
     return reasons
 

@@ -129,9 +129,7 @@ class Attention(torch.autograd.Function):
         dq, dk, dv, dsink, dbias = torch.ops.fastgpt.attention_bwd.default(
             dout, dlse, q, k, v, out, lse, *optional, *ctx.scalars
         )
-        needs = dict(
-            zip(("q", "k", "v", *AttentionTensors._fields), ctx.needs_input_grad, strict=False)
-        )
+        needs = dict(zip(("q", "k", "v", *AttentionTensors._fields), ctx.needs_input_grad, strict=False))
         grads = {"q": dq, "k": dk, "v": dv, "sink": dsink, "attn_bias": dbias}
         return (
             *(grads.get(name) if need else None for name, need in needs.items()),

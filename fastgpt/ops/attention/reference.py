@@ -70,9 +70,7 @@ def philox_keep(
     return bits >= min(round(dropout_p * 2**32), low)
 
 
-def _scores(
-    q: Tensor, k: Tensor, spec: AttentionSpec, tensors: AttentionTensors
-) -> tuple[Tensor, Tensor]:
+def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:
     """Scores (batch, nheads, sq, sk), −inf where a key is not visible; and softmax_scale · q·k."""
     acc = accumulator(q.dtype)
     (batch, sq, nheads, _), sk = q.shape, k.shape[1]
@@ -206,9 +204,7 @@ def forward(
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator(q.dtype))
     for b, (rows_q, rows_k, own) in enumerate(_sequences(tensors)):
-        out_b, lse_b = _forward_dense(
-            q[None, rows_q], k[None, rows_k], v[None, rows_k], spec, own, b
-        )
+        out_b, lse_b = _forward_dense(q[None, rows_q], k[None, rows_k], v[None, rows_k], spec, own, b)
         out[rows_q], lse[:, rows_q] = out_b[0], lse_b[0]
     return out, lse
 

@@ -49,9 +49,7 @@ def _mask(q: Tensor, sq: int, sk: int, spec: AttentionSpec, bias: Tensor | None)
     return bias.masked_fill(~mask, -torch.inf)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors) -> Tensor:
     """out, in q's layout and dtype."""
     sq, sk = q.shape[1], k.shape[1]
     bias = tensors.attn_bias
