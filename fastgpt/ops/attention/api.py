@@ -10,97 +10,9 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
+from fastgpt.ops import checks
 from fastgpt.ops.attention import library
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors, features
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INT32_MAX = 2**31 - 1
-
-
-def _shape(t: Tensor) -> str:
-    return str(tuple(t.shape))
-
-
-def concrete(size: int) -> int:
-    """``size`` itself; torch.compile specialises on it, where int() would leave it symbolic."""
-    return len(range(size))
-
-
-def check_tensor(name: str, value: object, ndim: int, axes: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor {axes}")
-    if value.dim() != ndim:
-        raise ValueError(f"{name}: got shape {_shape(value)}, expected {ndim} dimensions {axes}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
-    if value.stride(-1) != 1 and value.shape[-1] > 1:
-        raise ValueError(
-            f"{name}: got strides {value.stride()}, expected the last one to be 1; call .contiguous() on it"
-        )
-
-
-def check_same(name: str, value: Tensor, q: Tensor) -> None:
-    if value.dtype != q.dtype:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {q.dtype} like q")
-    if value.device != q.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {q.device} like q")
-
-
-def check_qkv(
-    q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str, str] = ("q", "k", "v")
-) -> None:
-    """Ranks, dtypes, devices, strides and the sizes that must agree; a ValueError or TypeError if not."""
-    qn, kn, vn = names
-    ndim, lead = (3, "total") if packed else (4, "batch, seqlen")
-    check_tensor(qn, q, ndim, f"({lead}, nheads, headdim)")
-    check_tensor(kn, k, ndim, f"({lead}, nheads_k, headdim)")
-    check_tensor(vn, v, ndim, f"({lead}, nheads_k, headdim_v)")
-    check_same(kn, k, q)
-    check_same(vn, v, q)
-    if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise ValueError(f"{qn}, {vn}: got headdims {q.shape[-1]} and {v.shape[-1]}, expected at least 1")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{kn}: got headdim {k.shape[-1]}, expected {q.shape[-1]} like {qn}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(
-            f"{vn}: got shape {_shape(v)}, expected {_shape(k)[:-1]} like {kn}, up to the headdim"
-        )
-    if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2] != 0:
-        raise ValueError(
-            f"{kn}: got {k.shape[-2]} heads, expected a divisor of the {q.shape[-2]} heads of {qn}"
-        )
-    if not packed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"{kn}: got batch {k.shape[0]}, expected {q.shape[0]} like {qn}")
-    for name, t in ((qn, q), (kn, k)):
-        if t.shape[0 if packed else 1] > INT32_MAX:
-            raise ValueError(
-                f"{name}: got {t.shape[0 if packed else 1]} tokens, expected at most {INT32_MAX}"
-            )
-
-
-def check_scale(softmax_scale: float | None, headdim: int) -> float:
-    if softmax_scale is None:
-        return concrete(headdim) ** -0.5
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-        raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, expected a float or None")
-    if not -math.inf < softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale: got {softmax_scale}, expected a finite number")
-    return float(softmax_scale)
-
-
-def check_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """(left, right), with causal folded in: right = 0."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: got {causal!r}, expected True or False")
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"window_size: got {window_size!r}, expected (left, right)")
-    for size in window_size:
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"window_size: got {window_size!r}, expected two integers")
-        if not -1 <= size <= INT32_MAX:
-            raise ValueError(f"window_size: got {tuple(window_size)}, expected −1 (unlimited) to {INT32_MAX}")
-    left, right = window_size
-    return left, 0 if causal else right
 
 
 def _check_options(
@@ -127,7 +39,9 @@ def _check_options(
         if t is None:
             continue
         if tuple(t.shape) not in shapes:
-            raise ValueError(f"{name}: got shape {_shape(t)}, expected {' or '.join(map(str, shapes))}")
+            raise ValueError(
+                f"{name}: got shape {checks.shape_of(t)}, expected {' or '.join(map(str, shapes))}"
+            )
         if not t.dtype.is_floating_point:
             raise TypeError(f"{name}: got dtype {t.dtype}, expected float32")
         if t.device != q.device:
@@ -139,7 +53,7 @@ def _check_options(
             a not in (1, b) for a, b in zip(attn_bias.shape, bias_shape, strict=True)
         ):
             raise ValueError(
-                f"attn_bias: got shape {_shape(attn_bias)}, expected {bias_shape} or 1 in any of its places"
+                f"attn_bias: got shape {checks.shape_of(attn_bias)}, expected {bias_shape} or 1 in any of its places"
             )
         if attn_bias.dtype != torch.bool and not attn_bias.dtype.is_floating_point:
             raise TypeError(f"attn_bias: got dtype {attn_bias.dtype}, expected bool or floating point")
@@ -151,7 +65,7 @@ def _check_options(
         return torch.randint(2**31, (2,), device=q.device, dtype=torch.int64)
     if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64 or rng_state.device != q.device:
         raise ValueError(
-            f"rng_state: got {rng_state.dtype} {_shape(rng_state)} on {rng_state.device}, "
+            f"rng_state: got {rng_state.dtype} {checks.shape_of(rng_state)} on {rng_state.device}, "
             f"expected int64 (2,) on {q.device}: seed and offset"
         )
     return rng_state
@@ -179,7 +93,7 @@ def _run(
     inputs = (q, k, v, tensors.sink, tensors.attn_bias)
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     asked = dispatch.requested(backend)
-    headdims = concrete(q.shape[-1]), concrete(v.shape[-1])
+    headdims = checks.concrete(q.shape[-1]), checks.concrete(v.shape[-1])
     name = _backend(asked, q.device.type, q.dtype, *headdims, features(spec, return_lse, backward))
     if name == "reference":
         dispatch.warn_if_slow(asked, "attention", q.numel() // q.shape[-1] * k.shape[-3])
@@ -240,15 +154,15 @@ def attention(
         ValueError, TypeError: an argument is not as above; the message names it.
         fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
     """
-    check_qkv(q, k, v, packed=False)
-    left, right = check_window(causal, window_size)
+    checks.check_qkv(q, k, v, packed=False)
+    left, right = checks.check_window(causal, window_size)
     (batch, seqlen_q, nheads, headdim), seqlen_k = q.shape, k.shape[1]
     bias_shape = (batch, nheads, seqlen_q, seqlen_k)
     rng_state = _check_options(
         q, batch, softcap, dropout_p, alibi_slopes, sink, attn_bias, rng_state, bias_shape
     )
     spec = AttentionSpec(
-        check_scale(softmax_scale, headdim),
+        checks.check_scale(softmax_scale, headdim),
         left,
         right,
         float(softcap),
@@ -295,15 +209,15 @@ def attention_varlen(
         ValueError, TypeError: an argument is not as above; the message names it.
         fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
     """
-    check_qkv(q, k, v, packed=True)
-    left, right = check_window(causal, window_size)
+    checks.check_qkv(q, k, v, packed=True)
+    left, right = checks.check_window(causal, window_size)
     for name, edges, total in (
         ("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
         ("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
     ):
         if edges.dim() != 1 or edges.shape[0] < 2 or edges.shape != cu_seqlens_q.shape:
             raise ValueError(
-                f"{name}: got shape {_shape(edges)}, expected (batch + 1,), the same for q and k"
+                f"{name}: got shape {checks.shape_of(edges)}, expected (batch + 1,), the same for q and k"
             )
         if edges.dtype != torch.int32 or edges.device != q.device:
             raise TypeError(f"{name}: got {edges.dtype} on {edges.device}, expected int32 on {q.device}")
@@ -314,7 +228,7 @@ def attention_varlen(
     batch = cu_seqlens_q.shape[0] - 1
     rng_state = _check_options(q, batch, softcap, dropout_p, alibi_slopes, sink, None, rng_state, None)
     spec = AttentionSpec(
-        check_scale(softmax_scale, q.shape[-1]),
+        checks.check_scale(softmax_scale, q.shape[-1]),
         left,
         right,
         float(softcap),

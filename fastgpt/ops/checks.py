@@ -1,0 +1,97 @@
+"""Argument checks that the ops share; every message names the argument, what it got and what it expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT32_MAX = 2**31 - 1
+
+
+def shape_of(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def concrete(size: int) -> int:
+    """``size`` itself; torch.compile specialises on it, where int() would leave it symbolic."""
+    return len(range(size))
+
+
+def check_tensor(name: str, value: object, ndim: int, axes: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor {axes}")
+    if value.dim() != ndim:
+        raise ValueError(f"{name}: got shape {shape_of(value)}, expected {ndim} dimensions {axes}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        raise ValueError(
+            f"{name}: got strides {value.stride()}, expected the last one to be 1; call .contiguous() on it"
+        )
+
+
+def check_same(name: str, value: Tensor, q: Tensor) -> None:
+    if value.dtype != q.dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {q.dtype} like q")
+    if value.device != q.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {q.device} like q")
+
+
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str, str] = ("q", "k", "v")
+) -> None:
+    """Ranks, dtypes, devices, strides and the sizes that must agree; a ValueError or TypeError if not."""
+    qn, kn, vn = names
+    ndim, lead = (3, "total") if packed else (4, "batch, seqlen")
+    check_tensor(qn, q, ndim, f"({lead}, nheads, headdim)")
+    check_tensor(kn, k, ndim, f"({lead}, nheads_k, headdim)")
+    check_tensor(vn, v, ndim, f"({lead}, nheads_k, headdim_v)")
+    check_same(kn, k, q)
+    check_same(vn, v, q)
+    if q.shape[-1] < 1 or v.shape[-1] < 1:
+        raise ValueError(f"{qn}, {vn}: got headdims {q.shape[-1]} and {v.shape[-1]}, expected at least 1")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{kn}: got headdim {k.shape[-1]}, expected {q.shape[-1]} like {qn}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"{vn}: got shape {shape_of(v)}, expected {shape_of(k)[:-1]} like {kn}, up to the headdim"
+        )
+    if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2] != 0:
+        raise ValueError(
+            f"{kn}: got {k.shape[-2]} heads, expected a divisor of the {q.shape[-2]} heads of {qn}"
+        )
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"{kn}: got batch {k.shape[0]}, expected {q.shape[0]} like {qn}")
+    for name, t in ((qn, q), (kn, k)):
+        if t.shape[0 if packed else 1] > INT32_MAX:
+            raise ValueError(
+                f"{name}: got {t.shape[0 if packed else 1]} tokens, expected at most {INT32_MAX}"
+            )
+
+
+def check_scale(softmax_scale: float | None, headdim: int) -> float:
+    if softmax_scale is None:
+        return concrete(headdim) ** -0.5
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, expected a float or None")
+    if not -math.inf < softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale: got {softmax_scale}, expected a finite number")
+    return float(softmax_scale)
+
+
+def check_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """(left, right), with causal folded in: right = 0."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: got {causal!r}, expected True or False")
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size: got {window_size!r}, expected (left, right)")
+    for size in window_size:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"window_size: got {window_size!r}, expected two integers")
+        if not -1 <= size <= INT32_MAX:
+            raise ValueError(f"window_size: got {tuple(window_size)}, expected −1 (unlimited) to {INT32_MAX}")
+    left, right = window_size
+    return left, 0 if causal else right
