@@ -78,7 +78,8 @@ struct AttentionForward {
     {
       for (int64_t u; (u = next_unit(&pack_counter)) < kv_heads * key_chunks;) {
         int64_t head = u / key_chunks, first = u % key_chunks * key_chunk;
-        int64_t b = head / p.nheads_k, h = head % p.nheads_k, keys = min(key_chunk, p.seqlen_k - first);
+        int64_t b = head / p.nheads_k, h = head % p.nheads_k, keys = min(key_chunk, p.keys(b) - first);
+        if (keys <= 0) continue;
         Rows<const T> k = rows_of<const T>(p.k, b, h), v = rows_of<const T>(p.v, b, h);
         pack_panels<kTileCols>(k[first], k.stride, keys, p.headdim, 1.0f,
                                packed_k + head * k_size + first * p.headdim);
@@ -98,7 +99,7 @@ struct AttentionForward {
 
   void query_tile(int64_t b, int64_t h, int64_t first_query, const float* k, const float* v,
                   float* workspace) {
-    Mask mask(p.seqlen_q, p.seqlen_k, p.window_left, p.window_right);
+    Mask mask(p.seqlen_q, p.keys(b), p.window_left, p.window_right);
     int64_t rows = min(kQueryTile, p.seqlen_q - first_query);
     int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     float *q = workspace, *scores = q + q_tile_size, *o = scores + kTileRows * kKeyBlock;

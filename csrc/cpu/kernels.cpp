@@ -20,6 +20,8 @@ namespace {
 #include "tile.h"
 #include "attention_common.h"
 #include "attention_forward.h"
+#include "attention_backward.h"
+#include "decode.h"
 
 // Calls Kernel<T>{params}.run() with T for the storage type.
 template <template <class> class Kernel, class Params>
@@ -34,6 +36,14 @@ void by_dtype(const Params& params) {
   }
 }
 
+// A few queries are not worth packing the keys for: they are decoded.
+void attention_forward(const AttentionParams& params) {
+  if (params.nheads / params.nheads_k * params.seqlen_q > kDecodeRows)
+    return by_dtype<AttentionForward>(params);
+  DecodeParams decode{params};
+  by_dtype<Decode>(decode);
+}
+
 }  // namespace
 
 #define FASTGPT_CONCAT_(a, b) a##b
@@ -41,7 +51,11 @@ void by_dtype(const Params& params) {
 
 extern const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA);
 const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
-    by_dtype<AttentionForward, AttentionParams>, nullptr, nullptr, nullptr, nullptr,
+    attention_forward,
+    by_dtype<AttentionBackward, AttentionBackwardParams>,
+    by_dtype<Decode, DecodeParams>,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace fastgpt

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -160,7 +161,14 @@ PYBIND11_MODULE(_cpu, m) {
         DecodeParams p;
         set_attention(p, dtype, sizes, q, k_cache, v_cache, out, lse, softmax_scale, window_left,
                       window_right, num_threads);
-        p.cache_seqlens = pointer<const int32_t>(cache_seqlens);
+        const int32_t* lengths = pointer<const int32_t>(cache_seqlens);
+        std::vector<int32_t> seqused_k(p.batch);
+        p.seqlen_k = 0;
+        for (int64_t b = 0; b < p.batch; b++) {
+          seqused_k[b] = static_cast<int32_t>(lengths[b] + seqlen_new);
+          p.seqlen_k = std::max<int64_t>(p.seqlen_k, seqused_k[b]);
+        }
+        p.seqused_k = seqused_k.data();
         p.seqlen_new = seqlen_new;
         p.k_new = tensor(k_new);
         p.v_new = tensor(v_new);

@@ -122,6 +122,8 @@ FASTGPT_INLINE void store_upto(T* p, vf x, int64_t n) {
     store_first(p, x, n);
 }
 
+FASTGPT_INLINE void fill_zero(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
+
 // --- arithmetic ---
 
 // Of NaN and a number: the NaN when it is b, the number when it is a.

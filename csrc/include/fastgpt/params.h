@@ -26,6 +26,9 @@ struct AttentionParams {
   float softmax_scale;
   int64_t window_left, window_right;  // -1 is unlimited
   int num_threads;
+  const int32_t* seqused_k = nullptr;  // (batch): keys of each sequence; null: all have seqlen_k
+
+  int64_t keys(int64_t b) const { return seqused_k ? seqused_k[b] : seqlen_k; }
 };
 
 struct AttentionBackwardParams : AttentionParams {
@@ -33,13 +36,12 @@ struct AttentionBackwardParams : AttentionParams {
   const float* dlse;  // (batch, nheads, seqlen_q), contiguous, or null
 };
 
-// Attention of a few new queries over a KV cache of shape (batch, capacity, nheads_k, dim).
-// In AttentionParams, k and v are the caches and seqlen_k is their capacity.
+// Attention of new queries over a KV cache. In AttentionParams, k and v are the caches, seqused_k the
+// lengths after the append, and seqlen_k the longest of them.
 struct DecodeParams : AttentionParams {
-  const int32_t* cache_seqlens;  // (batch): keys in the cache before the append
-  int64_t seqlen_new;            // keys appended, 0 for none
-  Tensor k_new, v_new;           // (batch, seqlen_new, nheads_k, dim)
-  int64_t num_splits;            // 0: chosen from the shape
+  int64_t seqlen_new = 0;   // keys appended to each sequence first, 0 for none
+  Tensor k_new{}, v_new{};  // (batch, seqlen_new, nheads_k, dim)
+  int64_t num_splits = 0;   // 0: parts of a fixed number of keys
 };
 
 // Rows of `hidden` elements. mean and rstd are fp32 (rows); mean is null for RMS norm.
