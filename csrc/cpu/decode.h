@@ -15,40 +15,58 @@ constexpr int64_t kDecodeBlock = 64;     // keys whose scores are held at a time
 constexpr int64_t kDecodeRows = 16;      // more rows than this are attention_forward.h's work
 constexpr int64_t kSerialBytes = 65536;  // less K and V than this is not worth waking a thread for
 
-// Sums each of kLanes vectors; lane i of the result is the sum of x[i].
-FASTGPT_INLINE vf sums(vf (&x)[kLanes]) {
+// Sums each of N vectors; lane i of the result is the sum of x[i] (N = kLanes). Each step adds the halves
+// of two vectors into one.
+template <int N>
+FASTGPT_INLINE vf sums(vf* x) {
   typename MakeLanes<kLanes>::type lanes;
 #pragma GCC unroll 16
-  for (int n = kLanes / 2; n > 0; n /= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < n; i++)
-      x[i] = interleave_low(x[i], x[i + n], lanes) + interleave_high(x[i], x[i + n], lanes);
+  for (int i = 0; i < N / 2; i++)
+    x[i] = interleave_low(x[i], x[i + N / 2], lanes) + interleave_high(x[i], x[i + N / 2], lanes);
+  return sums<N / 2>(x);
+}
+template <>
+FASTGPT_INLINE vf sums<1>(vf* x) {
   return x[0];
+}
+
+// The caches are two streams that the hardware does not predict (short rows, far apart, in turn).
+constexpr int64_t kPrefetchKeys = 32;
+
+template <class T>
+FASTGPT_INLINE void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
 }
 
 // scores[r][j] = q_r . k_j for kRows rows (of width kWidth floats, zero behind dim) and `keys` keys.
 template <int kRows, class T>
 void dot_rows(const float* q, int64_t width, int64_t dim, Rows<const T> k, int64_t keys, float* scores) {
   constexpr int kKeys = kLanes / kRows;
+  // Loops over acc are unrolled whole, so that it stays in registers.
   for (int64_t j = 0; j < keys; j += kKeys) {
     vf acc[kLanes];
     const T* rows[kKeys];
+#pragma GCC unroll 16
     for (int i = 0; i < kKeys; i++) rows[i] = k[min(j + i, keys - 1)];
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) acc[i] = vf{};
-    for (int64_t d = 0; d + kLanes <= dim; d += kLanes)
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes)
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; i++) {
         vf ki = load(rows[i] + d);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; r++) acc[r * kKeys + i] += ki * load(q + r * width + d);
       }
-    if (int64_t tail = dim % kLanes)
+    if (d < dim)
+#pragma GCC unroll 16
       for (int i = 0; i < kKeys; i++) {
-        vf ki = load_first(rows[i] + dim - tail, tail);
-        for (int r = 0; r < kRows; r++) acc[r * kKeys + i] += ki * load(q + r * width + dim - tail);
+        vf ki = load_first(rows[i] + d, dim - d);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; r++) acc[r * kKeys + i] += ki * load(q + r * width + d);
       }
     float flat[kLanes];
-    store(flat, sums(acc));
+    store(flat, sums<kLanes>(acc));
     for (int r = 0; r < kRows; r++)
       __builtin_memcpy(scores + r * kDecodeBlock + j, flat + r * kKeys, kKeys * sizeof(float));
   }
@@ -170,6 +188,10 @@ struct Decode {
     for (int64_t j = first; j < last; j += kDecodeBlock) {
       int64_t keys = min(kDecodeBlock, last - j);
       Rows<const T> k_block{k[j], k.stride}, v_block{v[j], v.stride};
+      for (int64_t i = 0; i < keys; i++) {
+        prefetch_row(v_block[i], p.headdim_v);
+        if (j + i + kDecodeBlock < last) prefetch_row(k_block[i + kDecodeBlock], p.headdim);
+      }
       by_rows([&](auto count, int64_t r) {
         dot_rows<count.value>(q + r * width, width, p.headdim, k_block, keys, scores + r * kDecodeBlock);
       });

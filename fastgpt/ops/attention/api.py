@@ -13,6 +13,7 @@ from fastgpt import dispatch
 from fastgpt.ops import checks
 from fastgpt.ops.attention import library
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors, features
+from fastgpt.ops.attention.torch import scaled_dot_product_attention
 
 
 def _check_options(
@@ -53,7 +54,8 @@ def _check_options(
             a not in (1, b) for a, b in zip(attn_bias.shape, bias_shape, strict=True)
         ):
             raise ValueError(
-                f"attn_bias: got shape {checks.shape_of(attn_bias)}, expected {bias_shape} or 1 in any of its places"
+                f"attn_bias: got shape {checks.shape_of(attn_bias)}, "
+                f"expected {bias_shape} or 1 in any of its places"
             )
         if attn_bias.dtype != torch.bool and not attn_bias.dtype.is_floating_point:
             raise TypeError(f"attn_bias: got dtype {attn_bias.dtype}, expected bool or floating point")
@@ -98,7 +100,7 @@ def _run(
     if name == "reference":
         dispatch.warn_if_slow(asked, "attention", q.numel() // q.shape[-1] * k.shape[-3])
     elif name == "torch":
-        return dispatch.implementation("attention", "torch").attention(q, k, v, spec, tensors)
+        return scaled_dot_product_attention(q, k, v, spec, tensors)
     out, lse = library.run(backward, q, k, v, *library.pack(spec, tensors, name))
     return (out, lse) if return_lse else out
 
@@ -133,7 +135,8 @@ def attention(
             sees the last key): for seqlen_q = 2 and seqlen_k = 5 the mask is ``1 1 1 1 0 / 1 1 1 1 1``.
         softmax_scale: factor of q·k; default ``headdim ** −0.5``.
         window_size: (left, right): only keys with
-            ``i + seqlen_k − seqlen_q − left <= j <= i + seqlen_k − seqlen_q + right`` are visible; −1 = unlimited.
+            ``i + seqlen_k − seqlen_q − left <= j <= i + seqlen_k − seqlen_q + right`` are visible;
+            −1 = unlimited.
         softcap: the scores become ``softcap · tanh(scores / softcap)``; 0 = off.
         alibi_slopes: (nheads) or (batch, nheads), float32: ``−slope · |i + seqlen_k − seqlen_q − j|`` is
             added (Press et al. 2021, arXiv:2108.12409).
@@ -197,7 +200,8 @@ def attention_varlen(
 
     Args:
         q: (total_q, nheads, headdim). k: (total_k, nheads_k, headdim). v: (total_k, nheads_k, headdim_v).
-        cu_seqlens_q: (batch + 1), int32: sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``.
+        cu_seqlens_q: (batch + 1), int32: the queries of sequence b are
+            ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``.
         cu_seqlens_k: (batch + 1), int32, likewise for keys.
 
     The other arguments are those of :func:`attention`.

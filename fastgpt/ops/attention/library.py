@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
@@ -28,8 +27,8 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONAL})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_OPTIONAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -121,8 +120,9 @@ class Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; a gradient without history would be silently wrong
+            raise RuntimeError("fastgpt.attention has no second derivative; backend='torch' may have one")
         q, k, v, out, lse, *optional = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)

@@ -142,8 +142,8 @@ def _backward_dense(
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     acc = accumulator(q.dtype)
-    (batch, sk, nheads_k, _), nheads = k.shape, q.shape[2]
-    group = nheads // nheads_k
+    nheads_k = k.shape[2]
+    group = q.shape[2] // nheads_k
     dout, lse = dout.to(acc), lse.to(acc)
     s, x = _scores(q, k, spec, tensors)
     p = _probabilities(s, lse)
@@ -171,8 +171,7 @@ def _backward_dense(
     ds = ds * spec.softmax_scale
     dq = torch.einsum("bhij,bjhd->bihd", ds, k.repeat_interleave(group, dim=2).to(acc))
     dk = torch.einsum("bhij,bihd->bjhd", ds, q.to(acc))
-    dk = dk.view(batch, sk, nheads_k, group, -1).sum(3)
-    dv = dv.view(batch, sk, nheads_k, group, -1).sum(3)
+    dk, dv = (t.unflatten(2, (nheads_k, group)).sum(3) for t in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, dbias
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
+from fastgpt.ops.checks import concrete
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,7 +50,9 @@ def _mask(q: Tensor, sq: int, sk: int, spec: AttentionSpec, bias: Tensor | None)
     return bias.masked_fill(~mask, -torch.inf)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors) -> Tensor:
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors
+) -> Tensor:
     """out, in q's layout and dtype."""
     sq, sk = q.shape[1], k.shape[1]
     bias = tensors.attn_bias
@@ -64,6 +67,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Att
         attn_mask=bias if plain_causal or one_query else _mask(q, sq, sk, spec, bias),
         is_causal=plain_causal,
         scale=spec.softmax_scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=concrete(q.shape[2]) != concrete(k.shape[2]),
     )
     return out.transpose(1, 2)

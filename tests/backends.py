@@ -1,0 +1,44 @@
+"""Which backends the tests run, and the one rule by which their results are judged."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastgpt import dispatch
+
+REQUIRED = tuple(filter(None, os.environ.get("FASTGPT_REQUIRE_BACKENDS", "").split(",")))
+
+# A required backend is tested even where it is unavailable: its tests then fail with the reason.
+AVAILABLE = tuple(name for name in dispatch.BACKENDS if name in REQUIRED or not dispatch.unavailable(name))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_parity(
+    what: str,
+    got: torch.Tensor,
+    plain: torch.Tensor,
+    exact: torch.Tensor,
+    factor: float = 2,
+    floor: float = 1e-5,
+) -> None:
+    """max|got − exact| ≤ factor · max|plain − exact| + floor · max(1, max|exact|).
+
+    ``plain`` is the same computation by plain PyTorch in the same dtype, ``exact`` in float64. factor
+    is 2 for outputs and 3 for gradients. Infinities must stand in the same places.
+    """
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert not got.isnan().any(), f"{what}: {int(got.isnan().sum())} of {got.numel()} are NaN"
+    got, plain = got.double(), plain.double()
+    infinite = exact.isinf()
+    if infinite.any():
+        assert torch.equal(got[infinite], exact[infinite]), f"{what}: infinities differ"
+        got, plain, exact = (t[~infinite] for t in (got, plain, exact))
+    if exact.numel() == 0:
+        return
+    error = (got - exact).abs().max().item()
+    plain_error = (plain - exact).abs().max().item()
+    bound = factor * plain_error + floor * max(1.0, exact.abs().max().item())
+    assert error <= bound, f"{what}: error {error:.3e}, bound {bound:.3e} (plain PyTorch {plain_error:.3e})"

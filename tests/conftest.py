@@ -1,0 +1,41 @@
+"""Every test runs with uninitialised memory poisoned: torch.empty gives NaN, and so does the scratch
+memory of the CPU kernels."""
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt import dispatch
+
+
+def _poison_scratch() -> None:
+    if dispatch.unavailable("cpu"):
+        return
+    nan = [torch.full((1, 128, 4, 64), torch.nan, requires_grad=True) for _ in range(3)]
+    fastgpt.attention(*nan, backend="cpu").sum().backward()
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    torch.use_deterministic_algorithms(True)  # with it, fill_uninitialized_memory (on by default) works
+    _poison_scratch()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_random_inputs(request):
+    """A new seed every run, printed when a test fails; FASTGPT_TEST_SEED repeats a run."""
+    import os
+
+    seed = int(os.environ.get("FASTGPT_TEST_SEED", torch.seed() % 2**32))
+    torch.manual_seed(seed)
+    request.node.user_properties.append(("FASTGPT_TEST_SEED", seed))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed:
+        for name, value in item.user_properties:
+            report.sections.append(("seed", f"{name}={value}"))

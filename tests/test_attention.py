@@ -1,0 +1,491 @@
+"""Attention forward and backward: every backend, the common cases, one parity rule."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+import torch
+from backends import AVAILABLE, DTYPES, assert_parity
+from cases import ATTENTION, AttentionCase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastgpt
+from fastgpt import dispatch
+from fastgpt.ops.attention import library, reference
+from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
+
+
+def plain_attention(q, k, v, causal, window):
+    """Attention as anyone would write it in PyTorch, every step in q's dtype; (out, lse)."""
+    (_, sq, nheads, headdim), (_, sk, nheads_k, _) = q.shape, k.shape
+    k, v = (t.repeat_interleave(nheads // nheads_k, dim=2) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * headdim**-0.5
+    i, j = torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)[None, :]
+    left, right = window
+    hidden = torch.zeros(sq, sk, dtype=torch.bool)
+    if left >= 0:
+        hidden |= j < i - left
+    if causal or right >= 0:
+        hidden |= j > i + (0 if causal else right)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    probs = torch.softmax(scores, dim=-1).masked_fill(hidden.all(-1)[:, None], 0)
+    return torch.einsum("bhij,bjhd->bihd", probs, v), torch.logsumexp(scores, dim=-1)
+
+
+def run(attention, inputs, dtype, grads=None):
+    """(out, lse, dq, dk, dv) of `attention` on the inputs in `dtype`; lse takes a gradient where finite."""
+    leaves = [t.detach().to(dtype).requires_grad_(grads is not None) for t in inputs]
+    out, lse = attention(*leaves)
+    if grads is None:
+        return out, lse
+    dout, dlse = grads
+    torch.autograd.backward([out, lse], [dout.to(out.dtype), dlse.masked_fill(lse.isinf(), 0).to(lse.dtype)])
+    return out.detach(), lse.detach(), *(t.grad for t in leaves)
+
+
+def supports(backend, case, dtype, lse, backward):
+    features = tuple(
+        name
+        for name, used in (("window", max(case.window) >= 0), ("lse", lse), ("backward", backward))
+        if used
+    )
+    call = AttentionCall("cpu", dtype, case.headdim, case.headdim_v, features)
+    return not dispatch.implementation("attention", backend).unsupported(call)
+
+
+CASES = [pytest.param(case, id=str(case)) for case in ATTENTION]
+KERNELS = [name for name in AVAILABLE if name != "torch"]  # torch returns no lse; see test_torch_backend
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_forward_parity(case: AttentionCase, backend, dtype):
+    inputs = case.inputs(dtype)
+    options = {"causal": case.causal, "window_size": case.window}
+
+    def kernel(q, k, v):
+        return fastgpt.attention(q, k, v, return_lse=True, backend=backend, **options)
+
+    out, lse = run(kernel, inputs, dtype)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    plain = run(lambda *t: plain_attention(*t, case.causal, case.window), inputs, dtype)
+    exact = run(lambda *t: plain_attention(*t, case.causal, case.window), inputs, torch.float64)
+    assert_parity("out", out, plain[0], exact[0])
+    assert_parity("lse", lse, plain[1], exact[1])
+
+
+def check_backward(case: AttentionCase, backend, dtype):
+    inputs = case.inputs(dtype)
+    dout = torch.randn(case.batch, case.sq, case.nheads, case.headdim_v).to(dtype)
+    grads = dout, torch.randn(case.batch, case.nheads, case.sq)
+    options = {"causal": case.causal, "window_size": case.window, "return_lse": True}
+    got = run(lambda *t: fastgpt.attention(*t, backend=backend, **options), inputs, dtype, grads)
+    exact = run(
+        lambda *t: fastgpt.attention(*t, backend="reference", **options), inputs, torch.float64, grads
+    )
+    # Plain PyTorch's own error comes from its autograd; rows that see no key make its gradients NaN.
+    plain = run(lambda *t: plain_attention(*t, case.causal, case.window), inputs, dtype, grads)
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        assert_parity(name, a, b.nan_to_num(), c, factor=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_backward_parity(case: AttentionCase, backend, dtype):
+    check_backward(case, backend, dtype)
+
+
+def test_reference_gradient_is_the_derivative():
+    q = torch.randn(2, 5, 4, 8, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 7, 2, 8, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 7, 2, 3, dtype=torch.float64, requires_grad=True)
+    sink = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 1, 5, 7, dtype=torch.float64, requires_grad=True)
+    slopes, state = torch.rand(2, 4), torch.tensor([5, 9])
+
+    def f(q, k, v, sink, bias):
+        return fastgpt.attention(
+            q,
+            k,
+            v,
+            sink=sink,
+            attn_bias=bias,
+            softcap=2.0,
+            window_size=(4, 0),
+            alibi_slopes=slopes,
+            dropout_p=0.3,
+            rng_state=state,
+            return_lse=True,
+            backend="reference",
+        )
+
+    assert torch.autograd.gradcheck(f, (q, k, v, sink, bias))
+
+
+def test_reference_gradient_with_rows_that_see_no_key():
+    q = torch.randn(1, 5, 2, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 3, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda *t: fastgpt.attention(*t, backend="reference"), (q, k, v))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torch_backend(case: AttentionCase):
+    inputs = case.inputs(torch.float64)
+    options = {"causal": case.causal, "window_size": case.window}
+    got = fastgpt.attention(*inputs, backend="torch", **options)
+    torch.testing.assert_close(got, plain_attention(*inputs, case.causal, case.window)[0])
+
+
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "torch"])
+def test_varlen_equals_each_sequence_alone(backend):
+    lengths_q, lengths_k = [3, 0, 17, 1], [5, 4, 17, 0]
+    q = torch.randn(sum(lengths_q), 4, 16, requires_grad=True)
+    k = torch.randn(sum(lengths_k), 2, 16, requires_grad=True)
+    v = torch.randn(sum(lengths_k), 2, 8, requires_grad=True)
+    edges = [torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32) for x in (lengths_q, lengths_k)]
+    call = AttentionCall("cpu", torch.float32, 16, 8, ("varlen", "lse", "backward"))
+    if dispatch.implementation("attention", backend).unsupported(call):
+        with pytest.raises(fastgpt.BackendUnsupported, match="varlen"):
+            fastgpt.attention_varlen(q, k, v, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1], backend=backend)
+        return
+    sink, dout = torch.randn(4), torch.randn(sum(lengths_q), 4, 8)
+    options = {"sink": sink, "window_size": (9, 0), "backend": backend, "return_lse": True}
+    out, lse = fastgpt.attention_varlen(q, k, v, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1], **options)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    pieces = zip(
+        q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), dout.split(lengths_q), strict=True
+    )
+    outs, lses, piece_grads = [], [], []
+    for qb, kb, vb, doutb in pieces:
+        o, s = fastgpt.attention(qb[None], kb[None], vb[None], **options)
+        outs.append(o[0])
+        lses.append(s[0])
+        piece_grads.append(torch.autograd.grad(o, (qb, kb, vb), doutb[None]))
+    torch.testing.assert_close(out, torch.cat(outs))
+    torch.testing.assert_close(lse, torch.cat(lses, dim=1))
+    for whole, parts in zip(grads, zip(*piece_grads, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts))
+
+
+def test_philox_matches_the_published_vectors():
+    """Random123's known-answer test of philox4x32-10, through the counters of an attention call."""
+    # kat_vectors: counter (0, 0, 0, 0), key (0, 0) -> 6627e8d5 e169c58d bc57ac4c 9b00dbd8.
+    expected = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for j, value in enumerate(expected):
+        for p, kept in ((value / 2**32, True), ((value + 1) / 2**32, False)):
+            keep = reference.philox_keep(torch.tensor([0, 0]), p, 1, 1, 1, 4)
+            assert keep[0, 0, 0, j].item() is kept
+    # counter and key of all ones: 408f276d 41c83b0e a20bc7c6 6d5451fd needs i = head = 2^32 − 1, which no
+    # tensor has; the offset and the key's halves are exercised instead by their effect.
+    state = torch.tensor([2**40 + 3, 7])
+    base = reference.philox_keep(state, 0.5, 2, 3, 16, 64)
+    for other in ([3, 7], [2**40 + 4, 7], [2**40 + 3, 8]):
+        changed = (reference.philox_keep(torch.tensor(other), 0.5, 2, 3, 16, 64) != base).float().mean()
+        assert 0.4 < changed < 0.6
+    assert torch.equal(base[1:], reference.philox_keep(state, 0.5, 1, 3, 16, 64, first_batch=1))
+    assert torch.equal(base[:, :, :5, :9], reference.philox_keep(state, 0.5, 2, 3, 5, 9))
+    rate = reference.philox_keep(state, 0.25, 4, 4, 64, 64).float().mean().item()
+    assert abs(rate - 0.75) < 6 * math.sqrt(0.25 * 0.75 / 4**2 / 64**2)
+
+
+def test_dropout_draws_from_torchs_generator():
+    q = torch.randn(1, 64, 2, 16)
+    torch.manual_seed(3)
+    first = fastgpt.attention(q, q, q, dropout_p=0.5)
+    assert not torch.equal(first, fastgpt.attention(q, q, q, dropout_p=0.5))
+    torch.manual_seed(3)
+    assert torch.equal(first, fastgpt.attention(q, q, q, dropout_p=0.5))
+
+
+KERNELS_CPU = [b for b in ("cpu",) if b in AVAILABLE]
+
+
+@pytest.mark.parametrize("backend", KERNELS_CPU)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_random_shapes(backend, data):
+    draw = data.draw
+    group, nheads_k = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    case = AttentionCase(
+        batch=draw(st.integers(1, 2)),
+        sq=draw(st.integers(1, 130)),
+        sk=draw(st.integers(1, 260)),
+        nheads=group * nheads_k,
+        nheads_k=nheads_k,
+        headdim=draw(st.integers(1, 140)),
+        headdim_v=draw(st.integers(1, 140)),
+        causal=draw(st.booleans()),
+        window=(draw(st.integers(-1, 150)), draw(st.integers(-1, 150))),
+        layout=draw(st.sampled_from(["bshd", "bhsd", "packed"])),
+    )
+    check_backward(case, backend, draw(st.sampled_from(DTYPES)))
+
+
+@pytest.mark.parametrize("backend", KERNELS_CPU)
+def test_same_bits_at_any_thread_count_and_in_any_batch(backend):
+    inputs = [torch.randn(3, 333, heads, 48) for heads in (6, 2, 2)]
+    grads = torch.randn(3, 333, 6, 48), torch.randn(3, 6, 333)
+
+    def f(*t):
+        return fastgpt.attention(*t, return_lse=True, backend=backend)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(f, inputs, torch.float32, grads)
+        torch.set_num_threads(2)
+        two = run(f, inputs, torch.float32, grads)
+        torch.set_num_threads(5)
+        five = run(f, inputs, torch.float32, grads)
+    finally:
+        torch.set_num_threads(before)
+    alone = run(f, [t[1:2] for t in inputs], torch.float32, [g[1:2] for g in grads])
+    for a, b, c, d in zip(one, two, five, alone, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and torch.equal(a[1:2], d)
+
+
+@pytest.mark.parametrize("backend", KERNELS_CPU)
+def test_several_python_threads_at_once(backend):
+    inputs = [[torch.randn(1, 100 + 30 * n, 4, 32) for _ in range(3)] for n in range(4)]
+    expected = [fastgpt.attention(*t, backend=backend) for t in inputs]
+    wrong = []
+
+    def work(n):
+        for _ in range(10):
+            if not torch.equal(fastgpt.attention(*inputs[n], backend=backend), expected[n]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "torch"])
+def test_large_scores_do_not_overflow(backend):
+    q, k = 100 * torch.randn(1, 40, 2, 32), 100 * torch.randn(1, 40, 2, 32)
+    v = torch.randn(1, 40, 2, 32)
+    out, lse = fastgpt.attention(q, k, v, return_lse=True, backend=backend)
+    plain = plain_attention(q, k, v, True, (-1, -1))
+    exact = plain_attention(q.double(), k.double(), v.double(), True, (-1, -1))
+    assert_parity("out", out, plain[0], exact[0])
+    assert_parity("lse", lse, plain[1], exact[1])
+
+
+@pytest.mark.parametrize("backend", KERNELS_CPU)
+def test_nan_input_gives_nan_only_where_it_is_seen(backend):
+    q, k, v = (torch.randn(1, 100, 2, 32) for _ in range(3))
+    k[0, 60, 1, 3] = torch.nan
+    out = fastgpt.attention(q, k, v, backend=backend)
+    assert out[0, 60:, 1].isnan().all()
+    assert not out[0, :60].isnan().any() and not out[0, :, 0].isnan().any()
+
+
+@pytest.mark.parametrize("backend", KERNELS_CPU)
+def test_no_quadratic_memory(backend):
+    """65,536 queries and keys: a (sq, sk) buffer of bytes alone would be 4 GiB."""
+    import resource
+
+    q = torch.randn(1, 65536, 1, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fastgpt.attention(q, q, q, window_size=(64, 0), backend=backend)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+
+
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "torch"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(backend, grad):
+    q, k, v = (torch.randn(2, 9, heads, 8, requires_grad=grad) for heads in (4, 2, 2))
+    args = (q, k, v, *library.pack(AttentionSpec(0.3, 3, 0), AttentionTensors(), backend))
+    torch.library.opcheck(torch.ops.fastgpt.attention_fwd.default, args)
+
+
+def test_opcheck_of_every_option():
+    q, k, v = (torch.randn(2, 9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    tensors = AttentionTensors(
+        alibi_slopes=torch.rand(2, 4),
+        sink=torch.randn(4, requires_grad=True),
+        attn_bias=torch.randn(1, 4, 9, 9, requires_grad=True),
+        rng_state=torch.tensor([1, 2]),
+    )
+    args = (q, k, v, *library.pack(AttentionSpec(0.3, 3, 0, 5.0, 0.2), tensors, "reference"))
+    torch.library.opcheck(torch.ops.fastgpt.attention_fwd.default, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_compile_fullgraph(backend, dynamic):
+    def f(q, k, v):
+        return fastgpt.attention(q.sin(), k, v, backend=backend).cos()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for seqlen in (20, 33):
+        inputs = [torch.randn(1, seqlen, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+        out, expected = compiled(*inputs), f(*inputs)
+        torch.testing.assert_close(out, expected)
+        dout = torch.randn_like(out)
+        for a, b in zip(
+            torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, inputs, dout), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, q):
+            return fastgpt.attention(q, q, q)
+
+    q = torch.randn(1, 12, 2, 8)
+    exported = torch.export.export(
+        Module(), (q,), dynamic_shapes={"q": {1: torch.export.Dim("seqlen", min=2)}}
+    )
+    longer = torch.randn(1, 30, 2, 8)
+    torch.testing.assert_close(exported.module()(longer), fastgpt.attention(longer, longer, longer))
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        q = torch.randn(1, 30, 2, 8)
+        torch.testing.assert_close(
+            fastgpt.attention(q, q, q), fastgpt.attention(q, q, q, backend="reference")
+        )
+
+
+def test_second_derivative_is_refused():
+    q = torch.randn(1, 20, 2, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(fastgpt.attention(q, q, q).sum(), q, create_graph=True)
+
+
+Q, KV = (2, 6, 4, 8), (2, 9, 2, 8)
+
+
+def tensors(q=Q, k=KV, v=KV, dtype=torch.float32):
+    return [torch.randn(shape).to(dtype) for shape in (q, k, v)]
+
+
+BAD_INPUT = {
+    "rank": (
+        lambda: fastgpt.attention(*tensors(q=(6, 4, 8))),
+        ValueError,
+        r"q: got shape \(6, 4, 8\).*4 dim",
+    ),
+    "no tensor": (lambda: fastgpt.attention(None, *tensors()[1:]), TypeError, r"q: got NoneType.*Tensor"),
+    "batch": (
+        lambda: fastgpt.attention(*tensors(k=(3, 9, 2, 8), v=(3, 9, 2, 8))),
+        ValueError,
+        "k: got batch 3",
+    ),
+    "headdim": (
+        lambda: fastgpt.attention(*tensors(k=(2, 9, 2, 7))),
+        ValueError,
+        "k: got headdim 7, expected 8",
+    ),
+    "k and v": (lambda: fastgpt.attention(*tensors(v=(2, 8, 2, 8))), ValueError, r"v: got shape \(2, 8"),
+    "heads": (
+        lambda: fastgpt.attention(*tensors(k=(2, 9, 3, 8), v=(2, 9, 3, 8))),
+        ValueError,
+        "k: got 3 heads, expected a divisor of the 4",
+    ),
+    "no heads": (
+        lambda: fastgpt.attention(*tensors(k=(2, 9, 0, 8), v=(2, 9, 0, 8))),
+        ValueError,
+        "k: got 0 heads",
+    ),
+    "no headdim": (lambda: fastgpt.attention(*tensors((2, 6, 4, 0), (2, 9, 2, 0))), ValueError, "headdims 0"),
+    "dtype": (lambda: fastgpt.attention(*tensors(dtype=torch.int32)), TypeError, "q: got dtype torch.int32"),
+    "mixed dtypes": (
+        lambda: fastgpt.attention(tensors()[0].half(), *tensors()[1:]),
+        TypeError,
+        "k: got dtype torch.float32, expected torch.float16 like q",
+    ),
+    "mixed devices": (
+        lambda: fastgpt.attention(tensors()[0], *(t.to("meta") for t in tensors()[1:])),
+        ValueError,
+        "k: got device meta, expected cpu",
+    ),
+    "last stride": (
+        lambda: fastgpt.attention(torch.randn(2, 6, 4, 16)[..., ::2], *tensors()[1:]),
+        ValueError,
+        r"q: got strides .*expected the last one to be 1",
+    ),
+    "NaN scale": (
+        lambda: fastgpt.attention(*tensors(), softmax_scale=math.nan),
+        ValueError,
+        "softmax_scale: got nan",
+    ),
+    "infinite scale": (
+        lambda: fastgpt.attention(*tensors(), softmax_scale=math.inf),
+        ValueError,
+        "softmax_scale: got inf",
+    ),
+    "scale's type": (
+        lambda: fastgpt.attention(*tensors(), softmax_scale="1"),
+        TypeError,
+        "softmax_scale: got str",
+    ),
+    "window": (
+        lambda: fastgpt.attention(*tensors(), window_size=(-2, 0)),
+        ValueError,
+        r"window_size: got \(-2, 0\)",
+    ),
+    "window overflow": (
+        lambda: fastgpt.attention(*tensors(), window_size=(2**31, 0)),
+        ValueError,
+        "window_size: got .2147483648",
+    ),
+    "window's type": (lambda: fastgpt.attention(*tensors(), window_size=5), TypeError, "window_size: got 5"),
+    "causal's type": (lambda: fastgpt.attention(*tensors(), causal=None), TypeError, "causal: got None"),
+    "softcap": (lambda: fastgpt.attention(*tensors(), softcap=-1.0), ValueError, "softcap: got -1"),
+    "dropout": (lambda: fastgpt.attention(*tensors(), dropout_p=1.0), ValueError, "dropout_p: got 1.0"),
+    "sink": (
+        lambda: fastgpt.attention(*tensors(), sink=torch.randn(3)),
+        ValueError,
+        r"sink: got shape \(3,\)",
+    ),
+    "slopes": (
+        lambda: fastgpt.attention(*tensors(), alibi_slopes=torch.randn(2, 3)),
+        ValueError,
+        r"alibi_slopes: got shape \(2, 3\)",
+    ),
+    "bias": (
+        lambda: fastgpt.attention(*tensors(), attn_bias=torch.randn(6, 9)),
+        ValueError,
+        r"attn_bias: got shape \(6, 9\), expected \(2, 4, 6, 9\)",
+    ),
+    "backend": (
+        lambda: fastgpt.attention(*tensors(), backend="gpu"),
+        ValueError,
+        "backend: got 'gpu', expected one of",
+    ),
+    "edges": (
+        lambda: fastgpt.attention_varlen(
+            *(torch.randn(9, 2, 8) for _ in range(3)),
+            cu_seqlens_q=torch.tensor([0, 4, 8], dtype=torch.int32),
+            cu_seqlens_k=torch.tensor([0, 4, 9], dtype=torch.int32),
+        ),
+        ValueError,
+        r"cu_seqlens_q: got \[0, 4, 8\], expected 0 rising to 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(name):
+    call, error, message = BAD_INPUT[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_sizes_beyond_int32_are_refused():
+    long = torch.zeros(1, dtype=torch.float32).expand(1, 2**31, 1, 1)
+    with pytest.raises(ValueError, match="2147483648 tokens, expected at most 2147483647"):
+        fastgpt.attention(long, long, long)

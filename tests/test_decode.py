@@ -1,0 +1,247 @@
+"""Attention over a KV cache: every backend, the common cases, one parity rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import AVAILABLE, DTYPES, assert_parity
+from cases import DECODE, DecodeCase
+
+import fastgpt
+
+CASES = [pytest.param(case, id=str(case)) for case in DECODE]
+WITH_LSE = [name for name in AVAILABLE if name != "torch"]
+
+
+def make(case: DecodeCase, dtype, fill=torch.nan):
+    """q, k_cache, v_cache, k, v, cache_seqlens; the cache holds `fill` behind each sequence's keys."""
+    batch = len(case.lengths)
+    q = torch.randn(batch, case.sq, case.nheads, case.headdim).to(dtype)
+    caches = []
+    for dim in (case.headdim, case.headdim_v):
+        # A layer's slice of a larger cache, its heads further apart than they are wide.
+        whole = torch.full((batch, 2, case.capacity, case.nheads_k, dim + 3), fill, dtype=torch.float32)
+        for b, length in enumerate(case.lengths):
+            whole[b, 1, :length, :, :dim] = torch.randn(length, case.nheads_k, dim)
+        caches.append(whole.to(dtype)[:, 1, :, :, :dim])
+    new = [
+        torch.randn(batch, case.appended, case.nheads_k, dim).to(dtype) if case.appended else None
+        for dim in (case.headdim, case.headdim_v)
+    ]
+    return q, *caches, *new, torch.tensor(case.lengths, dtype=torch.int32)
+
+
+def plain(case: DecodeCase, dtype, q, k_cache, v_cache, k, v, lengths):
+    """Each sequence by itself, its keys concatenated, every step in `dtype`; (out, lse)."""
+    outs, lses = [], []
+    left, right = case.window
+    right = 0 if case.causal else right
+    for b, length in enumerate(lengths.tolist()):
+        keys, values = (
+            (cache[b, :length] if new is None else torch.cat([cache[b, :length], new[b]])).to(dtype)
+            for cache, new in ((k_cache, k), (v_cache, v))
+        )
+        keys, values = (t.repeat_interleave(case.nheads // case.nheads_k, dim=1) for t in (keys, values))
+        scores = torch.einsum("ihd,jhd->hij", q[b].to(dtype), keys) * case.headdim**-0.5
+        i, j = torch.arange(case.sq)[:, None] + len(keys) - case.sq, torch.arange(len(keys))[None, :]
+        hidden = torch.zeros(case.sq, len(keys), dtype=torch.bool)
+        if left >= 0:
+            hidden |= j < i - left
+        if right >= 0:
+            hidden |= j > i + right
+        scores = scores.masked_fill(hidden, -torch.inf)
+        probs = torch.softmax(scores, -1).masked_fill(hidden.all(-1)[:, None], 0)
+        outs.append(torch.einsum("hij,jhd->ihd", probs, values))
+        lses.append(torch.logsumexp(scores, dim=-1))
+    return torch.stack(outs), torch.stack(lses)
+
+
+def options(case: DecodeCase):
+    return {"causal": case.causal, "window_size": case.window, "num_splits": case.num_splits}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", WITH_LSE)
+@pytest.mark.parametrize("case", CASES)
+def test_parity(case: DecodeCase, backend, dtype):
+    q, k_cache, v_cache, k, v, lengths = make(case, dtype)
+    before = [t.clone() for t in (k_cache, v_cache)]
+    out, lse = fastgpt.attention_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=lengths, return_lse=True, backend=backend, **options(case)
+    )
+    exact = plain(case, torch.float64, q, *before, k, v, lengths)
+    rough = plain(case, dtype, q, *before, k, v, lengths)
+    assert_parity("out", out, rough[0], exact[0])
+    assert_parity("lse", lse, rough[1], exact[1])
+    assert lengths.tolist() == list(case.lengths)
+    for cache, old, new in ((k_cache, before[0], k), (v_cache, before[1], v)):
+        for b, length in enumerate(case.lengths):
+            if new is not None:
+                old[b, length : length + case.appended] = new[b]
+        assert torch.equal(cache.nan_to_num(7e3), old.nan_to_num(7e3))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torch_backend(case: DecodeCase):
+    q, k_cache, v_cache, k, v, lengths = make(case, torch.float64)
+    exact = plain(case, torch.float64, q, k_cache, v_cache, k, v, lengths)[0]
+    got = fastgpt.attention_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=lengths, backend="torch", **options(case)
+    )
+    torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_same_bits_at_any_thread_count_and_in_any_batch(num_splits, dtype):
+    case = DecodeCase(1, 1, 2000, (1999, 30, 700), 6, 2, 64, 64, num_splits=num_splits)
+    inputs = make(case, dtype)
+
+    def f(rows=slice(None)):
+        q, k_cache, v_cache, k, v, lengths = (t[rows].clone() for t in inputs)
+        return fastgpt.attention_with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            cache_seqlens=lengths,
+            return_lse=True,
+            backend="cpu",
+            num_splits=num_splits,
+        )
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            results.append(f())
+    finally:
+        torch.set_num_threads(threads)
+    alone = f(slice(2, 3))
+    for one, two, seven, single in zip(*results, alone, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, seven) and torch.equal(one[2:3], single)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_steps_of_a_cache_equal_one_pass(backend):
+    q = torch.randn(2, 40, 4, 16)
+    k, v = torch.randn(2, 40, 2, 16), torch.randn(2, 40, 2, 16)
+    cache = fastgpt.KVCache(2, 2, 40, 2, 16)
+    outs, done = [], 0
+    for step in (7, 1, 1, 30, 1):
+        rows = slice(done, done + step)
+        outs.append(cache.attend(1, q[:, rows], k[:, rows], v[:, rows], backend=backend))
+        cache.advance(step)
+        done += step
+    torch.testing.assert_close(torch.cat(outs, dim=1), fastgpt.attention(q, k, v, backend="reference"))
+    with pytest.raises(ValueError, match=r"cache_seqlens: got \[40, 40\], expected 0 to 39"):
+        cache.attend(0, q[:, :1], k[:, :1], v[:, :1], backend=backend)
+    cache.truncate(8)
+    assert cache.seqlens.tolist() == [8, 8]
+    again = cache.attend(1, q[:, 8:10], k[:, 8:10], v[:, 8:10], backend=backend)
+    torch.testing.assert_close(again, torch.cat(outs, dim=1)[:, 8:10])
+
+
+@pytest.mark.parametrize("backend", WITH_LSE)
+def test_opcheck(backend):
+    q, k_cache, v_cache, k, v, lengths = make(DecodeCase(1, 1, 20, (3, 9), 4, 2, 8, 8), torch.float32, fill=0)
+    torch.library.opcheck(
+        torch.ops.fastgpt.attention_kvcache.default,
+        (q, k_cache, v_cache, k, v, lengths, 0.3, -1, 0, 0, backend),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_compile_fullgraph(backend, dynamic):
+    @torch.no_grad()
+    def f(q, k_cache, v_cache, k, v, lengths):
+        return fastgpt.attention_with_kvcache(
+            q.sin(), k_cache, v_cache, k, v, cache_seqlens=lengths, backend=backend
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    inputs = make(DecodeCase(1, 1, 20, (3, 9), 4, 2, 8, 8), torch.float32, fill=0)
+    copies = [t.clone() for t in inputs]
+    torch.testing.assert_close(compiled(*inputs), f(*copies))
+    for a, b in zip(inputs, copies, strict=True):
+        assert torch.equal(a, b)
+
+
+GOOD = DecodeCase(1, 1, 20, (3, 9), 4, 2, 8, 8)
+
+
+def bad(**changes):
+    q, k_cache, v_cache, k, v, lengths = make(GOOD, torch.float32, fill=0)
+    arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "cache_seqlens": lengths}
+    arguments.update(changes)
+    caches = arguments["k_cache"], arguments["v_cache"]
+    before = [t.clone() for t in caches]
+    try:
+        fastgpt.attention_with_kvcache(**arguments)
+    finally:
+        for cache, old in zip(caches, before, strict=True):
+            assert torch.equal(cache, old), "a refused call wrote to the cache"
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_INPUT = {
+    "overflow": (
+        {"cache_seqlens": int32(3, 20)},
+        ValueError,
+        r"cache_seqlens: got \[3, 20\], expected 0 to 19",
+    ),
+    "negative": ({"cache_seqlens": int32(-1, 3)}, ValueError, r"cache_seqlens: got \[-1, 3\], expected 0 to"),
+    "int overflow": ({"cache_seqlens": 25}, ValueError, r"cache_seqlens: got \[25, 25\]"),
+    "int32 overflow": ({"cache_seqlens": int32(2**31 - 1, 3)}, ValueError, "cache_seqlens: got .2147483647"),
+    "lengths' dtype": ({"cache_seqlens": torch.tensor([3, 9])}, ValueError, "cache_seqlens: got torch.int64"),
+    "lengths' shape": (
+        {"cache_seqlens": int32(3)},
+        ValueError,
+        r"cache_seqlens: .*\(1,\), expected torch.int32 \(2,\)",
+    ),
+    "lengths' type": ({"cache_seqlens": 3.0}, TypeError, "cache_seqlens: got float"),
+    "k without v": ({"v": None}, ValueError, "v: got None, expected k and v together"),
+    "v without k": ({"k": None}, ValueError, "k: got None, expected k and v together"),
+    "new heads": (
+        {"k": torch.randn(2, 1, 4, 8), "v": torch.randn(2, 1, 4, 8)},
+        ValueError,
+        r"k: got shape \(2, 1, 4, 8\), expected \(2, 1, 2, 8\)",
+    ),
+    "new dtype": ({"k": torch.randn(2, 1, 2, 8).half()}, TypeError, "k: got dtype torch.float16"),
+    "cache's rank": ({"k_cache": torch.randn(20, 2, 8)}, ValueError, "k_cache: got shape"),
+    "cache's batch": (
+        {"k_cache": torch.zeros(3, 20, 2, 8), "v_cache": torch.zeros(3, 20, 2, 8)},
+        ValueError,
+        "k_cache: got batch 3, expected 2 like q",
+    ),
+    "cache's dtype": (
+        {"v_cache": torch.zeros(2, 20, 2, 8).half()},
+        TypeError,
+        "v_cache: got dtype torch.float16",
+    ),
+    "splits": ({"num_splits": -1}, ValueError, "num_splits: got -1"),
+    "splits' type": ({"num_splits": 1.5}, TypeError, "num_splits: got 1.5"),
+    "scale": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale: got nan"),
+    "gradient": ({"q": torch.randn(2, 1, 4, 8, requires_grad=True)}, RuntimeError, "no backward"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_writes_nothing(name):
+    changes, error, message = BAD_INPUT[name]
+    with pytest.raises(error, match=message):
+        bad(**changes)
+
+
+def test_bad_cache_sizes():
+    with pytest.raises(ValueError, match="capacity: got 0"):
+        fastgpt.KVCache(1, 1, 0, 1, 8)
+    with pytest.raises(ValueError, match="tokens: got 9, expected 0 to 8"):
+        fastgpt.KVCache(1, 1, 8, 1, 8).truncate(9)
