@@ -78,7 +78,7 @@ def _resolve(asked: str, *metadata: Any) -> str:
     return dispatch.resolve(AttentionCall(*metadata), asked)
 
 
-@torch.compiler.assume_constant_result  # torch.compile evaluates it while tracing, once per graph
+@dispatch.traced_as_constant
 def _backend(asked: str, *metadata: Any) -> str:
     return _resolve(asked, *metadata)
 

@@ -30,7 +30,7 @@ def unsupported(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def _tensor(t: Tensor) -> tuple[int, int, int, int]:
+def _tensor(t: Tensor) -> tuple[int, ...]:
     return (t.data_ptr(), *t.stride()[:3])
 
 

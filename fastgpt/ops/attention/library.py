@@ -35,9 +35,13 @@ library.define(
 
 def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors, str]:
     tensors = AttentionTensors(*args[:-_SCALARS])
-    *scalars, backend = args[-_SCALARS:]
+    scale, left, right, softcap, dropout_p, backend = args[-_SCALARS:]
     spec = AttentionSpec(
-        *scalars,
+        scale,
+        left,
+        right,
+        softcap,
+        dropout_p,
         tensors.alibi_slopes is not None,
         tensors.sink is not None,
         tensors.attn_bias is not None,

@@ -32,22 +32,14 @@ def visible(sq: int, sk: int, spec: AttentionSpec, device: torch.device) -> Tens
     return mask
 
 
-def philox_keep(
-    rng_state: Tensor,
-    dropout_p: float,
-    batch: int,
-    nheads: int,
-    sq: int,
-    sk: int,
-    first_batch: int = 0,
-) -> Tensor:
-    """(batch, nheads, sq, sk) bool: which probabilities dropout keeps.
+def philox_keep(rng_state: Tensor, dropout_p: float, shape: tuple[int, ...], first_batch: int = 0) -> Tensor:
+    """Of ``shape`` (batch, nheads, sq, sk), bool: which probabilities dropout keeps.
 
     A pure function of seed, offset, batch, head, i and j. Philox4x32-10 (Salmon et al. 2011) with
     key = the 64 bits of the seed and counter = (j >> 2, i, batch · nheads + head, offset); lane
     j & 3 of its four outputs is kept iff it is at least dropout_p · 2^32. The offset counts mod 2^32.
     """
-    device = rng_state.device
+    (batch, nheads, sq, sk), device = shape, rng_state.device
     low = 0xFFFFFFFF
     seed, offset = rng_state[0], rng_state[1]
     key = [seed & low, (seed >> 32) & low]
@@ -103,7 +95,7 @@ def _keep_factor(
     if not spec.dropout_p:
         return None
     assert tensors.rng_state is not None
-    keep = philox_keep(tensors.rng_state, spec.dropout_p, *p.shape, first_batch=first_batch)
+    keep = philox_keep(tensors.rng_state, spec.dropout_p, p.shape, first_batch)
     return keep.to(p.dtype) / (1 - spec.dropout_p)
 
 
@@ -239,6 +231,6 @@ def backward(
             b,
         )
         dq[rows_q], dk[rows_k], dv[rows_k] = dq_b[0], dk_b[0], dv_b[0]
-        if dsink is not None:
+        if dsink is not None and dsink_b is not None:
             dsink += dsink_b
     return dq, dk, dv, dsink, None

@@ -1,0 +1,162 @@
+"""Which backend serves a call, and what it says when none can."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import subprocess
+
+import pytest
+import torch
+from backends import AVAILABLE, REQUIRED
+from test_structure import PACKAGE, python
+
+import fastgpt
+from fastgpt import dispatch
+from fastgpt.ops.attention import api
+from fastgpt.ops.attention.spec import AttentionCall
+
+Q = torch.zeros(1, 4, 2, 8)
+
+
+def call(**changes):
+    fields = {"device": "cpu", "dtype": torch.float32, "headdim": 8, "headdim_v": 8, "features": ()}
+    return AttentionCall(**{**fields, **changes})
+
+
+def test_required_backends_are_known():
+    assert set(REQUIRED) <= set(dispatch.BACKENDS)
+
+
+def test_auto_prefers_the_native_kernels():
+    assert dispatch.resolve(call(), "auto") == ("cpu" if "cpu" in AVAILABLE else "torch")
+    assert dispatch.resolve(call(dtype=torch.float64), "auto") == "torch"
+    assert dispatch.resolve(call(features=("sink",)), "auto") == "reference"
+
+
+def test_every_reason_is_given():
+    asked = call(dtype=torch.float64, headdim=300, features=("softcap", "sink", "backward"))
+    reasons = dispatch.explain(asked)
+    assert reasons["reference"] == []
+    if "cpu" in AVAILABLE:
+        assert [r.split()[0] for r in reasons["cpu"]] == ["dtype", "headdim", "softcap", "sink"]
+        with pytest.raises(fastgpt.BackendUnsupported) as error:
+            dispatch.resolve(asked, "cpu")
+        text = str(error.value)
+        assert "attention(float64 on cpu, headdim 300/8, softcap, sink, backward)" in text
+        assert text.count("\n  - ") == 4
+    assert reasons["triton"] == ["this version of fastgpt has no kernels for it"]
+
+
+def test_a_named_backend_never_falls_back():
+    with pytest.raises(fastgpt.BackendUnsupported, match="'triton' cannot serve"):
+        fastgpt.attention(Q, Q, Q, backend="triton")
+    with pytest.raises(fastgpt.BackendUnsupported, match="does not return lse"):
+        fastgpt.attention(Q, Q, Q, backend="torch", return_lse=True)
+
+
+def test_the_argument_goes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("FASTGPT_BACKEND", "triton")
+    with pytest.raises(fastgpt.BackendUnsupported, match="triton"):
+        fastgpt.attention(Q, Q, Q)
+    fastgpt.attention(Q, Q, Q, backend="reference")
+    fastgpt.attention(Q, Q, Q, backend="auto")
+    monkeypatch.setenv("FASTGPT_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="FASTGPT_BACKEND: got 'gpu', expected one of auto, reference"):
+        fastgpt.attention(Q, Q, Q)
+    monkeypatch.setenv("FASTGPT_BACKEND", "")
+    fastgpt.attention(Q, Q, Q)
+
+
+def test_a_passed_over_backend_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_said", set())
+    api._resolve.cache_clear()
+    with caplog.at_level(logging.DEBUG, logger="fastgpt"):
+        for dtype in (torch.float64, torch.float64):
+            dispatch.resolve(call(dtype=dtype), "auto")
+    assert len([r for r in caplog.records if "cpu passed over" in r.message]) == 1
+
+
+def test_landing_on_reference_warns_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "LARGE_REFERENCE", 10)
+    sink = torch.zeros(2)
+    with pytest.warns(RuntimeWarning, match="slow 'reference' backend"):
+        fastgpt.attention(Q, Q, Q, sink=sink)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastgpt.attention(Q, Q, Q, sink=sink)
+        monkeypatch.setattr(dispatch, "_said", set())
+        fastgpt.attention(Q, Q, Q, sink=sink, backend="reference")
+
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+SHOW = (
+    "import torch\nfrom fastgpt import dispatch\nprint(dispatch.unavailable('cpu'))\n"
+    "import fastgpt._cpu as c\nprint(c.isa, c.built_isas)"
+)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"] if X86 else ["baseline"])
+def test_each_instruction_set_computes_the_same(isa):
+    code = (
+        "import torch, fastgpt\nfrom fastgpt import dispatch\n"
+        "reason = dispatch.unavailable('cpu')\n"
+        "if reason: print(reason); raise SystemExit\n"
+        "import fastgpt._cpu\nprint(fastgpt._cpu.isa)\n"
+        "torch.manual_seed(0)\n"
+        "for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):\n"
+        "  for d, dv, sq, sk in ((64, 64, 150, 150), (33, 80, 130, 200), (1, 7, 2, 300), (128, 128, 1, 600)):\n"
+        "    q, k, v = (torch.randn(s).to(dtype) for s in ((2, sq, 4, d), (2, sk, 2, d), (2, sk, 2, dv)))\n"
+        "    results = []\n"
+        "    for backend in ('cpu', 'reference'):\n"
+        "        leaves = [t.clone().requires_grad_() for t in (q, k, v)]\n"
+        "        out = fastgpt.attention(*leaves, backend=backend)\n"
+        "        out.sum().backward()\n"
+        "        x = torch.randn(5, 100, generator=torch.Generator().manual_seed(1)).to(dtype)\n"
+        "        norm = fastgpt.layer_norm(x, backend=backend)\n"
+        "        results.append([out, norm, *(t.grad for t in leaves)])\n"
+        "    for a, b in zip(*results):\n"
+        "        scale = max(1.0, b.abs().max().item())\n"
+        "        assert (a - b).abs().max() <= bound * scale, (dtype, d, (a - b).abs().max())\n"
+    )
+    result = python(code, FASTGPT_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    if result.stdout.strip() != isa:  # an older processor: then the refusal must say so
+        assert re.search(rf"FASTGPT_CPU_ISA: got '{isa}', this processor and build accept: ", result.stdout)
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    result = python(SHOW, FASTGPT_CPU_ISA="amx")
+    assert "FASTGPT_CPU_ISA: got 'amx', this processor and build accept: " in result.stdout
+    assert (
+        "baseline" in result.stdout and result.returncode == 1
+    )  # an ImportError, not an illegal instruction
+
+
+def test_openmp_is_torchs_own():
+    """No second OpenMP runtime in the process, and none asked for by the module."""
+    code = (
+        "import torch, fastgpt, re\n"
+        "q = torch.randn(1, 200, 2, 8)\n"
+        "fastgpt.attention(q, q, q, backend='cpu')\n"
+        "torch.randn(300, 300) @ torch.randn(300, 300)\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "print(len(set(re.findall(r'\\S*lib[gi]*omp\\S*', maps))))\n"
+    )
+    result = python(code)
+    assert result.stdout.strip() == "1", result.stdout + result.stderr
+
+
+def test_kernels_of_one_instruction_set_share_no_function_with_another():
+    """The linker may merge equal weak symbols and keep the copy this processor cannot run."""
+    objects = sorted((PACKAGE.parent / "build").glob("cmake-*/CMakeFiles/kernels_*.dir/cpu/kernels.cpp.o"))
+    if not objects:
+        assert "site-packages" in str(PACKAGE), "no object files in the build folder of a checkout"
+    for path in objects:
+        listing = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        weak = [line for line in listing.splitlines() if re.match(r"\S* [WVu] ", line)]
+        assert [line for line in weak if "DW.ref.__gxx_personality" not in line] == [], path
