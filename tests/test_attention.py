@@ -178,18 +178,18 @@ def test_philox_matches_the_published_vectors():
     expected = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     for j, value in enumerate(expected):
         for p, kept in ((value / 2**32, True), ((value + 1) / 2**32, False)):
-            keep = reference.philox_keep(torch.tensor([0, 0]), p, 1, 1, 1, 4)
+            keep = reference.philox_keep(torch.tensor([0, 0]), p, (1, 1, 1, 4))
             assert keep[0, 0, 0, j].item() is kept
     # counter and key of all ones: 408f276d 41c83b0e a20bc7c6 6d5451fd needs i = head = 2^32 − 1, which no
     # tensor has; the offset and the key's halves are exercised instead by their effect.
     state = torch.tensor([2**40 + 3, 7])
-    base = reference.philox_keep(state, 0.5, 2, 3, 16, 64)
+    base = reference.philox_keep(state, 0.5, (2, 3, 16, 64))
     for other in ([3, 7], [2**40 + 4, 7], [2**40 + 3, 8]):
-        changed = (reference.philox_keep(torch.tensor(other), 0.5, 2, 3, 16, 64) != base).float().mean()
+        changed = (reference.philox_keep(torch.tensor(other), 0.5, (2, 3, 16, 64)) != base).float().mean()
         assert 0.4 < changed < 0.6
-    assert torch.equal(base[1:], reference.philox_keep(state, 0.5, 1, 3, 16, 64, first_batch=1))
-    assert torch.equal(base[:, :, :5, :9], reference.philox_keep(state, 0.5, 2, 3, 5, 9))
-    rate = reference.philox_keep(state, 0.25, 4, 4, 64, 64).float().mean().item()
+    assert torch.equal(base[1:], reference.philox_keep(state, 0.5, (1, 3, 16, 64), first_batch=1))
+    assert torch.equal(base[:, :, :5, :9], reference.philox_keep(state, 0.5, (2, 3, 5, 9)))
+    rate = reference.philox_keep(state, 0.25, (4, 4, 64, 64)).float().mean().item()
     assert abs(rate - 0.75) < 6 * math.sqrt(0.25 * 0.75 / 4**2 / 64**2)
 
 

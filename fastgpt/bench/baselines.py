@@ -1,0 +1,59 @@
+"""What torch ships for each workload: the other side of every ratio.
+
+Called the way torch's own documentation calls it, on the very tensors that fastgpt gets.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_mask(seqlen: int, left: int, device: str) -> Tensor:
+    """(seqlen, seqlen) bool for a causal window; scaled_dot_product_attention knows no cheaper way."""
+    ones = torch.ones(seqlen, seqlen, dtype=torch.bool, device=device)
+    return ones.tril_().logical_and_(torch.ones_like(ones).triu_(-left))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention of (batch, seqlen, nheads, headdim); ``mask`` replaces the causal one."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, keys: int) -> Tensor:
+    """One query per sequence over the first ``keys`` of fastgpt's cache, all of which it sees."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k_cache[:, :keys].transpose(1, 2),
+        v_cache[:, :keys].transpose(1, 2),
+        enable_gqa=q.shape[2] != k_cache.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def decode_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same over keys and values laid out (batch, nheads_k, keys, headdim), as transformers caches them.
+
+    The query heads of a group stand as the queries of one head, which is the same sum where no key is
+    hidden; on the CPU this is several times as fast as enable_gqa.
+    """
+    batch, _, nheads, headdim = q.shape
+    out = F.scaled_dot_product_attention(q.view(batch, k.shape[1], -1, headdim), k, v)
+    return out.view(batch, 1, nheads, headdim)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)

@@ -1,0 +1,388 @@
+"""What is measured: one table of workloads per benchmark, at the end of this file.
+
+A workload is data; :meth:`case` makes it concrete on a device. To measure one more size, add a line
+to its table.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastgpt
+from fastgpt.bench import baselines
+from fastgpt.bench.harness import GRADIENT_FACTOR, OUTPUT_FACTOR, Case, Row, Work
+
+Tensors = tuple[Any, ...]  # of tensors; the declared result of fastgpt.attention is wider, for return_lse
+Function = Callable[..., Tensors]
+
+SDPA = "F.scaled_dot_product_attention"
+ORACLE_ROWS = 256  # queries at a time, so that the float64 scores stay small
+FP64 = 8  # bytes
+
+
+def _randn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def _backward(function: Function, inputs: Tensors, douts: Tensors) -> Callable[[], Tensors]:
+    """The backward of ``function`` alone: its graph is recorded here, once, and kept."""
+    leaves = tuple(t.detach().requires_grad_() for t in inputs)
+    outs = function(*leaves)
+    return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
+
+
+def _differentiable_case(
+    direction: str,
+    inputs: dict[str, Tensor],
+    outputs: tuple[str, ...],
+    candidate: Function,
+    baseline_name: str,
+    baseline: Function,
+    oracle: Function,
+) -> Case:
+    """The forward of three functions of the same inputs, or their backward for random gradients."""
+    tensors = tuple(inputs.values())
+    if direction == "forward":
+        return Case(
+            outputs,
+            OUTPUT_FACTOR,
+            lambda: candidate(*tensors),
+            {baseline_name: lambda: baseline(*tensors)},
+            lambda: oracle(*(t.double() for t in tensors)),
+        )
+    with torch.no_grad():
+        douts = tuple(torch.randn_like(out) for out in baseline(*tensors))
+
+    def exact_gradients() -> Tensors:
+        exact = tuple(t.double() for t in tensors)
+        return _backward(oracle, exact, tuple(t.double() for t in douts))()
+
+    return Case(
+        tuple(f"d{name}" for name in inputs),
+        GRADIENT_FACTOR,
+        _backward(candidate, tensors, douts),
+        {baseline_name: _backward(baseline, tensors, douts)},
+        exact_gradients,
+    )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal attention; ``window`` is window_size's left."""
+
+    batch: int
+    nheads: int
+    seqlen: int
+    headdim: int
+    nheads_k: int | None = None
+    window: int = -1
+
+    directions = ("forward", "backward")
+
+    @property
+    def name(self) -> str:
+        heads = f"{self.nheads}:{self.nheads_k}" if self.nheads_k else f"{self.nheads}"
+        window = f" w{self.window}" if self.window >= 0 else ""
+        return f"b{self.batch} h{heads} s{self.seqlen} d{self.headdim}{window}"
+
+    def memory(self, dtype: torch.dtype) -> int:
+        tensors = 12 * self.batch * self.seqlen * self.nheads * self.headdim
+        scores = 8 * self.batch * self.nheads * ORACLE_ROWS * self._oracle_keys(self.seqlen)
+        mask = self.seqlen**2 * (1 + dtype.itemsize) if self.window >= 0 else 0
+        return FP64 * (tensors + scores) + mask
+
+    def work(self, dtype: torch.dtype, direction: str) -> Work:
+        """4 · headdim per visible pair (two products), 2.5 times that backward (five)."""
+        seen = self.seqlen if self.window < 0 else min(self.window + 1, self.seqlen)
+        pairs = seen * (seen + 1) // 2 + (self.seqlen - seen) * seen
+        flop = 4.0 * self.headdim * pairs * self.nheads * self.batch
+        return Work(flop if direction == "forward" else 2.5 * flop, "FLOP", "sgemm")
+
+    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+        lead = (device, dtype, self.batch, self.seqlen)
+        inputs = {
+            "q": _randn(*lead, self.nheads, self.headdim),
+            "k": _randn(*lead, self.nheads_k or self.nheads, self.headdim),
+            "v": _randn(*lead, self.nheads_k or self.nheads, self.headdim),
+        }
+        mask = baselines.window_mask(self.seqlen, self.window, device) if self.window >= 0 else None
+
+        def candidate(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+            return (fastgpt.attention(q, k, v, window_size=(self.window, -1), backend=backend),)
+
+        def baseline(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+            return (baselines.attention(q, k, v, mask),)
+
+        return _differentiable_case(direction, inputs, ("out",), candidate, SDPA, baseline, self._oracle)
+
+    def _oracle_keys(self, end: int) -> int:
+        """How many keys, up to ``end``, a block of queries that ends there can see."""
+        return end if self.window < 0 else min(end, ORACLE_ROWS + self.window)
+
+    def _oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+        """By blocks of queries: the mask is aligned to the last key, so a block only needs its own."""
+        blocks: list[Any] = []
+        for start in range(0, self.seqlen, ORACLE_ROWS):
+            end = min(start + ORACLE_ROWS, self.seqlen)
+            keys = slice(end - self._oracle_keys(end), end)
+            blocks.append(
+                fastgpt.attention(
+                    q[:, start:end],
+                    k[:, keys],
+                    v[:, keys],
+                    window_size=(self.window, -1),
+                    backend="reference",
+                )
+            )
+        return (torch.cat(blocks, dim=1),)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One new query per sequence over a KV cache."""
+
+    batch: int
+    nheads: int
+    nheads_k: int
+    keys: int
+    headdim: int
+
+    directions = ("forward",)
+    SPARE = 64  # capacity of the cache behind its keys; filled with NaN, which nobody may read
+
+    @property
+    def name(self) -> str:
+        return f"b{self.batch} h{self.nheads}:{self.nheads_k} k{self.keys} d{self.headdim}"
+
+    def memory(self, dtype: torch.dtype) -> int:
+        oracle = FP64 * 6 * self.keys * self.nheads * self.headdim  # one sequence at a time
+        return 2 * self._cache_bytes(dtype, self.keys + self.SPARE) + oracle
+
+    def _cache_bytes(self, dtype: torch.dtype, keys: int) -> int:
+        return 2 * self.batch * keys * self.nheads_k * self.headdim * dtype.itemsize
+
+    def work(self, dtype: torch.dtype, direction: str) -> Work:
+        return Work(self._cache_bytes(dtype, self.keys), "B", "read")
+
+    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+        q = _randn(device, dtype, self.batch, 1, self.nheads, self.headdim)
+        shape = self.batch, self.keys + self.SPARE, self.nheads_k, self.headdim
+        k_cache, v_cache = (_randn(device, dtype, *shape) for _ in range(2))
+        for cache in (k_cache, v_cache):
+            cache[:, self.keys :] = torch.nan
+        k, v = (cache[:, : self.keys].transpose(1, 2).contiguous() for cache in (k_cache, v_cache))
+        cache_seqlens = torch.full((self.batch,), self.keys, dtype=torch.int32, device=device)
+
+        def candidate() -> Tensors:
+            return (
+                fastgpt.attention_with_kvcache(
+                    q, k_cache, v_cache, cache_seqlens=cache_seqlens, backend=backend
+                ),
+            )
+
+        def oracle() -> Tensors:
+            outs: list[Any] = []
+            for b in range(self.batch):
+                tensors = q[b : b + 1], k_cache[b : b + 1, : self.keys], v_cache[b : b + 1, : self.keys]
+                outs.append(fastgpt.attention(*(t.double() for t in tensors), backend="reference"))
+            return (torch.cat(outs),)
+
+        return Case(
+            ("out",),
+            OUTPUT_FACTOR,
+            candidate,
+            {
+                SDPA: lambda: (baselines.decode(q, k_cache, v_cache, self.keys),),
+                f"{SDPA}, grouped": lambda: (baselines.decode_grouped(q, k, v),),
+            },
+            oracle,
+        )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer norm or RMS norm of ``rows`` rows; with ``residual``, of x + residual, which is returned too."""
+
+    kind: str  # layer_norm or rms_norm
+    rows: int
+    columns: int
+    residual: bool = False
+    directions: tuple[str, ...] = ("forward", "backward")
+
+    EPS = 1e-5
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{'+add' if self.residual else ''} {self.rows}x{self.columns}"
+
+    def memory(self, dtype: torch.dtype) -> int:
+        return FP64 * 16 * self.rows * self.columns
+
+    def work(self, dtype: torch.dtype, direction: str) -> Work:
+        """The (rows, columns) matrices that have to be read or written, each once.
+
+        Forward x and out, with a residual also it and the sum. Backward dout, x and dx, with a
+        residual also the gradient of the sum; one dx serves both addends.
+        """
+        matrices = {"forward": 2, "backward": 3}[direction]
+        if self.residual:
+            matrices = 4
+        return Work(float(matrices * self.rows * self.columns * dtype.itemsize), "B", "copy")
+
+    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+        inputs = {"x": _randn(device, dtype, self.rows, self.columns)}
+        if self.residual:
+            inputs["residual"] = _randn(device, dtype, self.rows, self.columns)
+        inputs["weight"] = _randn(device, dtype, self.columns)
+        if self.kind == "layer_norm":
+            inputs["bias"] = _randn(device, dtype, self.columns)
+
+        def fused(backend: str) -> Function:
+            def function(*tensors: Tensor) -> Tensors:
+                named = dict(zip(inputs, tensors, strict=True))
+                norm = getattr(fastgpt, self.kind)
+                out = norm(**named, eps=self.EPS, prenorm=self.residual, backend=backend)
+                return out if self.residual else (out,)
+
+            return function
+
+        def baseline(*tensors: Tensor) -> Tensors:
+            named = dict(zip(inputs, tensors, strict=True))
+            x = named["x"] + named["residual"] if self.residual else named["x"]
+            if self.kind == "layer_norm":
+                out = baselines.layer_norm(x, named["weight"], named["bias"], self.EPS)
+            else:
+                out = baselines.rms_norm(x, named["weight"], self.EPS)
+            return (out, x) if self.residual else (out,)
+
+        outputs = ("out", "residual") if self.residual else ("out",)
+        name = f"add, F.{self.kind}" if self.residual else f"F.{self.kind}"
+        return _differentiable_case(
+            direction, inputs, outputs, fused(backend), name, baseline, fused("reference")
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A randomly initialised :class:`fastgpt.GPT`, the same one on both sides.
+
+    Prefill is one pass over a prompt, up to its last token's logits; decode is one step behind it.
+    Attention and norms run on fastgpt's kernels or on torch's; all the rest is the same code.
+    """
+
+    name: str
+    shape: dict[str, Any]  # the fields of fastgpt.GPTConfig
+    batch: int
+    prompt: int
+
+    directions = ("prefill", "decode")
+
+    def _model(self) -> Any:
+        return fastgpt.GPT(fastgpt.GPTConfig(**self.shape)).requires_grad_(False).eval()
+
+    def memory(self, dtype: torch.dtype) -> int:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in self._model().parameters())
+        return 2 * FP64 * parameters
+
+    def work(self, dtype: torch.dtype, direction: str) -> Work:
+        tokens = self.batch * (self.prompt if direction == "prefill" else 1)
+        return Work(float(tokens), "token", None)
+
+    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+        model = self._model().to(device, dtype)
+        prompt = torch.randint(model.config.vocab_size, (self.batch, self.prompt), device=device)
+        token = prompt[:, :1]
+
+        def prefill(model: Any, backend: str) -> Callable[[], Tensors]:
+            return lambda: (model(prompt, last_only=True, backend=backend),)
+
+        def decode(model: Any, backend: str) -> Callable[[], Tensors]:
+            cache = model.new_cache(self.batch, self.prompt + 1)
+            model(prompt, cache=cache, last_only=True, backend=backend)
+
+            def step() -> Tensors:
+                cache.truncate(self.prompt)
+                return (model(token, cache=cache, backend=backend),)
+
+            return step
+
+        of = {"prefill": prefill, "decode": decode}[direction]
+        return Case(
+            ("logits",),
+            OUTPUT_FACTOR,
+            of(model, backend),
+            {"the same GPT by torch": of(model, "torch")},
+            lambda: of(copy.deepcopy(model).double(), "reference")(),
+        )
+
+
+TABLES: dict[str, tuple[Attention | Decode | Norm | Model, ...]] = {
+    "attention": (
+        Attention(1, 12, 256, 64),
+        Attention(1, 12, 1024, 64),
+        Attention(1, 12, 4096, 64),
+        Attention(1, 8, 2048, 128),
+        Attention(1, 32, 1024, 128, nheads_k=8),
+        Attention(1, 4, 8192, 64, window=256),
+    ),
+    "decode": (
+        Decode(1, 32, 32, 1024, 128),
+        Decode(1, 32, 32, 8192, 128),
+        Decode(1, 32, 8, 1024, 128),
+        Decode(1, 32, 8, 8192, 128),
+        Decode(8, 32, 32, 8192, 128),
+        Decode(8, 32, 8, 8192, 128),
+    ),
+    "norm": (
+        Norm("layer_norm", 8192, 768),
+        Norm("layer_norm", 8192, 768, residual=True),
+        Norm("layer_norm", 2048, 4096),
+        Norm("rms_norm", 8192, 768),
+        Norm("rms_norm", 2048, 4096),
+        Norm("rms_norm", 2048, 4096, residual=True),
+        Norm("rms_norm", 1, 576, directions=("forward",)),  # a step of decoding
+        Norm("rms_norm", 1, 576, residual=True, directions=("forward",)),
+    ),
+    "model": (
+        Model(
+            "GPT 4x256 b1 s256",
+            {"vocab_size": 4096, "hidden_size": 256, "num_layers": 4, "nheads": 4},
+            batch=1,
+            prompt=256,
+        ),
+        Model("GPT-2 124M b1 s512", {}, batch=1, prompt=512),
+        Model("GPT-2 124M b8 s512", {}, batch=8, prompt=512),
+    ),
+}
+
+DEFAULT_DTYPES = {
+    "attention": ("fp32", "bf16", "fp16"),
+    "decode": ("fp32", "bf16"),
+    "norm": ("fp32", "bf16"),
+    "model": ("fp32",),
+}
+
+QUICK = {  # how many workloads of a table, from its head, a quick run takes
+    "attention": 1,
+    "decode": 1,
+    "norm": 2,
+    "model": 1,
+}
+
+
+def plan(benches: Iterable[str], dtypes: Sequence[str] | None, quick: bool) -> list[Row]:
+    """The rows of a run; ``dtypes`` None takes each benchmark's own."""
+    return [
+        Row(bench, workload, dtype, direction)
+        for bench in benches
+        for workload in TABLES[bench][: QUICK[bench] if quick else None]
+        for direction in workload.directions
+        for dtype in dtypes or DEFAULT_DTYPES[bench]
+    ]

@@ -1,0 +1,306 @@
+"""The ``fastgpt`` command: benchmarks, what can run here, and a demonstration."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fastgpt import dispatch
+
+if TYPE_CHECKING:
+    from fastgpt.bench.harness import Row
+
+BENCHES = ("attention", "decode", "norm", "model")
+DTYPES = ("fp32", "bf16", "fp16")
+BUDGET = 2.0  # seconds of samples per row
+QUICK_BUDGET = 0.2
+CEILINGS_BUDGET = 2.0
+
+# True of this version as a whole; what is missing on this machine is asked of dispatch.
+HARDWARE = (
+    "This version has no Triton and no CUDA kernels yet: CUDA tensors are served by torch. "
+    "Nothing of fastgpt has been proven on GPU hardware."
+)
+
+
+class CommandError(Exception):
+    """The command cannot be carried out as asked; the message is for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in DTYPES:
+            raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {','.join(DTYPES)}")
+    return names
+
+
+def _budget(text: str) -> float | None:
+    """None for quick."""
+    if text == "quick":
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0, or quick")
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return int(text)
+
+
+def parser() -> Parser:
+    top = Parser(prog="fastgpt", description="Fused attention, norms and KV-cache decoding for PyTorch.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    bench = command("bench", _bench, "Measure fastgpt against torch on this machine, after verifying it.")
+    bench.add_argument("bench", nargs="+", choices=BENCHES, metavar="BENCH", help=", ".join(BENCHES))
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    bench.add_argument(
+        "--dtype", type=_dtypes, metavar="LIST", help="some of fp32,bf16,fp16; default: each benchmark's own"
+    )
+    bench.add_argument(
+        "--backend",
+        choices=tuple(dispatch.BACKENDS),
+        help="default: the device's first kernels that are here",
+    )
+    bench.add_argument(
+        "--budget",
+        type=_budget,
+        default=BUDGET,
+        metavar="SECONDS",
+        help=f"of samples per row, default {BUDGET:g}; 'quick': {QUICK_BUDGET:g}, small workloads only",
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
+
+    report = command("report", _report, "Show a report that `bench --json` has written.")
+    report.add_argument("file", type=Path, metavar="FILE")
+    report.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
+
+    command("backends", _backends, "What can run here, per op and backend, and why the rest cannot.")
+    command("env", _env, "Describe this machine, for bug reports.")
+
+    demo = command("demo", _demo, "Generate text with a small model, by fastgpt and by torch.")
+    demo.add_argument("--prompt", metavar="TEXT")
+    demo.add_argument("--max-new-tokens", type=_count, metavar="N")
+    demo.add_argument("--plot", type=Path, metavar="FILE")
+    return top
+
+
+def _check_output(path: Path | None, option: str) -> None:
+    from fastgpt.bench import report
+
+    if path is None:
+        return
+    try:
+        report.check_writable(path)
+    except OSError as error:
+        raise CommandError(f"{option}: {path} cannot be written: {error.strerror or error}") from error
+
+
+def _check_plot(path: Path | None) -> None:
+    from fastgpt.bench import report
+
+    if path is None:
+        return
+    _check_output(path, "--plot")
+    try:
+        report.check_plot(path)
+    except ImportError as error:
+        raise CommandError(
+            f'--plot needs matplotlib ({error}): pip install "fastgpt-kernels[bench]"'
+        ) from error
+    except ValueError as error:
+        raise CommandError(f"--plot: {error}") from error
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device")
+
+
+def _default_backend(device: str) -> str:
+    reasons = []
+    for name in dispatch.AUTO_ORDER[device]:
+        if name in ("torch", "reference"):
+            continue
+        reason = dispatch.unavailable(name)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise CommandError(f"no fastgpt kernels for {device} here ({'; '.join(reasons)})")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _progress(rows: list[Row]) -> Iterator[Row]:
+    """The rows, with a bar on a terminal that has tqdm, else a line for each."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    if tqdm is None or not sys.stderr.isatty():
+        for number, row in enumerate(rows, 1):
+            _say(f"[{number}/{len(rows)}] {row.label}")
+            yield row
+        return
+    with tqdm(rows, unit="row", leave=False) as bar:
+        for row in bar:
+            bar.set_description(row.label)
+            yield row
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import datetime
+
+    import torch
+
+    from fastgpt.bench import harness, machine, report, workloads
+
+    _check_output(args.json, "--json")
+    _check_plot(args.plot)
+    _check_device(args.device)
+    backend = args.backend or _default_backend(args.device)
+    budget = QUICK_BUDGET if args.budget is None else args.budget
+    rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, quick=args.budget is None)
+    seed = torch.seed()
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    _say("measuring this machine's own rates")
+    ceilings = machine.ceilings(args.device, min(budget, CEILINGS_BUDGET))
+    results = tuple(
+        harness.run(
+            row,
+            device=args.device,
+            backend=backend,
+            budget=budget,
+            ceilings=ceilings,
+            free_memory=machine.free_memory(args.device),
+        )
+        for row in _progress(rows)
+    )
+    done = report.Report(date, args.device, backend, budget, seed, machine.describe(), ceilings, results)
+    print(report.table(done))
+    if args.json:
+        report.save(done, args.json)
+    if args.plot and done.timed():
+        report.plot(done, args.plot)
+    failed = sum(result.status == "failed" for result in results)
+    if failed:
+        _say(f"fastgpt bench: {failed} of {len(results)} rows failed verification and were not timed")
+    elif not done.timed():
+        _say("fastgpt bench: nothing could be measured")
+    return 1 if failed or not done.timed() else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fastgpt.bench import report
+
+    _check_plot(args.plot)
+    try:
+        loaded = report.load(args.file)
+    except OSError as error:
+        raise CommandError(f"{args.file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{args.file} is not a report of `fastgpt bench --json`: {error}") from error
+    print(report.table(loaded))
+    if args.plot:
+        if not loaded.timed():
+            raise CommandError(f"{args.file} has no timings to draw")
+        report.plot(loaded, args.plot)
+    return 0
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _written(op: str, backend: str) -> bool:
+    try:
+        dispatch.implementation(op, backend)
+    except ModuleNotFoundError as error:
+        if error.name != f"fastgpt.ops.{op}.{backend}":
+            raise
+        return False
+    return True
+
+
+def _backends(args: argparse.Namespace) -> int:
+    from fastgpt.bench import machine
+
+    reasons = {backend: dispatch.unavailable(backend) for backend in dispatch.BACKENDS}
+
+    def state(op: str, backend: str) -> str:
+        if reasons[backend] is not None:
+            return "no"
+        return "yes" if _written(op, backend) else "not written"
+
+    print(
+        _columns(
+            [("op", *reasons)] + [(op, *(state(op, backend) for backend in reasons)) for op in dispatch.OPS]
+        )
+    )
+    print()
+    for backend, reason in reasons.items():
+        if reason is not None:
+            print(f"{backend} is not available: {reason}")
+    print(f"cpu instruction set: {machine.isa()}")
+    for device, order in dispatch.AUTO_ORDER.items():
+        print(f"auto on {device} tensors: {', '.join(order)}")
+    print(HARDWARE)
+    return 0
+
+
+def _env(args: argparse.Namespace) -> int:
+    from fastgpt.bench import machine
+
+    print(_columns((name, str(value)) for name, value in machine.describe().items()))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    return importlib.import_module("fastgpt.demo").main(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except CommandError as error:
+        _say(f"fastgpt {args.command}: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""The harness on fake candidates and a fake clock, and the workloads' own arithmetic."""
+
+import dataclasses
+import json
+import math
+import time
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt.bench import harness, report, workloads
+from fastgpt.bench.harness import FEWEST_ROUNDS, FLOOR, Case, Row, Work
+
+
+class FakeClock:
+    """A timer for which each candidate, a string here, takes the seconds that it is given."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.samples = []
+
+    def __call__(self, run, calls):
+        self.samples.append(run)
+        taken = self.seconds[run]
+        return calls * (taken.pop(0) if isinstance(taken, list) else taken)
+
+
+def test_measure_takes_medians_and_percentiles():
+    a = [0.1, 0.1, 0.5, 0.1, 0.4, 0.2, 0.3, 0.6]  # two warm-up calls, then the samples
+    clock = FakeClock({"a": a, "b": 0.25})
+    timings = harness.measure({"a": "a", "b": "b"}, budget=0.001, timer=clock)
+    assert timings["a"].median == pytest.approx(0.35)
+    assert (timings["a"].p20, timings["a"].p80) == pytest.approx((0.2, 0.5))
+    assert timings["b"].median == pytest.approx(0.25)
+    assert timings["a"].samples == FEWEST_ROUNDS and timings["a"].calls == 1
+
+
+def test_measure_interleaves_and_rotates():
+    clock = FakeClock({"a": 1.0, "b": 1.0, "c": 1.0})
+    harness.measure({name: name for name in "abc"}, budget=0.001, timer=clock)
+    assert "".join(clock.samples[6:15]) == "abcbcacab"
+
+
+def test_measure_fills_the_budget_with_whole_rotations():
+    clock = FakeClock({"a": 0.1, "b": 0.2})
+    timings = harness.measure({"a": "a", "b": "b"}, budget=3.1, timer=clock)
+    assert timings["a"].samples == timings["b"].samples == 12  # 11 rounds are enough, a rotation is 2
+
+
+def test_measure_times_short_calls_several_at_once():
+    clock = FakeClock({"a": 1e-5, "b": 4e-5})
+    timings = harness.measure({"a": "a", "b": "b"}, budget=0.1, timer=clock)
+    assert timings["a"].calls == pytest.approx(harness.SHORTEST_SAMPLE / 1e-5, abs=1)
+    assert timings["b"].median == pytest.approx(4e-5)
+
+
+def test_measure_on_the_wall_clock():
+    timings = harness.measure(
+        {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, budget=0.1
+    )
+    assert 0.002 <= timings["short"].median < 0.015
+    assert 0.02 <= timings["long"].median < 0.05
+
+
+EXACT = torch.linspace(-1, 1, 8, dtype=torch.float64)
+TORCH_ERROR = 1e-3
+
+
+@dataclasses.dataclass
+class FakeWorkload:
+    """Computes EXACT with the given error; torch's own error is TORCH_ERROR."""
+
+    error: float = 0.0
+    needs: int = 0
+    unsupported: bool = False
+    name = "fake"
+    calls: list = dataclasses.field(default_factory=list)
+
+    def memory(self, dtype):
+        return self.needs
+
+    def work(self, dtype, direction):
+        return Work(1e6, "FLOP", "sgemm")
+
+    def case(self, device, dtype, direction, backend):
+        if self.unsupported:
+            raise fastgpt.BackendUnsupported("not today")
+
+        def computed(error):
+            value = EXACT.clone()
+            value[3] += error
+            return (value.float(),)
+
+        def candidate():
+            self.calls.append("candidate")
+            return computed(self.error)
+
+        return Case(("out",), 2.0, candidate, {"exact": lambda: computed(TORCH_ERROR)}, lambda: (EXACT,))
+
+
+def run(workload, budget=0.01):
+    return harness.run(
+        Row("attention", workload, "fp32", "forward"),
+        device="cpu",
+        backend="cpu",
+        budget=budget,
+        ceilings={"sgemm": 1e9},
+        free_memory=1000,
+    )
+
+
+@pytest.mark.parametrize("error", [2.5 * TORCH_ERROR, 1.0, math.nan, math.inf])
+def test_wrong_numbers_are_refused_before_timing(error, monkeypatch):
+    monkeypatch.setattr(harness, "measure", lambda *_, **__: pytest.fail("wrong numbers were timed"))
+    workload = FakeWorkload(error)
+    result = run(workload)
+    assert result.status == "failed"
+    assert "out: off by" in result.reason
+    assert result.fastgpt_time is None and result.ratio is None
+    assert workload.calls == ["candidate"]
+
+
+def test_a_wrong_shape_or_dtype_is_refused():
+    good = FakeWorkload().case("cpu", torch.float32, "forward", "cpu")
+    for wrong in (lambda: (EXACT,), lambda: (EXACT.float()[:1],)):
+        with pytest.raises(harness.ParityError, match="torch's is"):
+            harness.verify(dataclasses.replace(good, candidate=wrong))
+
+
+def test_the_bound_comes_from_the_most_exact_of_torchs_ways():
+    case = FakeWorkload(error=3 * TORCH_ERROR).case("cpu", torch.float32, "forward", "cpu")
+    loose = dict(case.baselines, loose=lambda: (EXACT.float() + 1,))
+    with pytest.raises(harness.ParityError):
+        harness.verify(dataclasses.replace(case, baselines=loose))
+
+
+def test_right_numbers_are_timed():
+    result = run(FakeWorkload(error=1.9 * TORCH_ERROR))
+    (parity,) = result.parity
+    assert parity.bound == pytest.approx(2 * TORCH_ERROR + FLOOR, rel=1e-3)
+    assert parity.error == pytest.approx(1.9 * TORCH_ERROR, rel=1e-3)
+    assert result.status == "ok"
+    assert result.ratio == result.baseline_times["exact"].median / result.fastgpt_time.median
+    assert result.rate == 1e6 / result.fastgpt_time.median
+    assert result.share == result.rate / 1e9
+
+
+def test_the_ratio_is_against_the_fastest_baseline(monkeypatch):
+    clock = {"fastgpt": 1.0, "slow": 30.0, "fast": 3.0}
+    monkeypatch.setattr(
+        harness,
+        "measure",
+        lambda candidates, **_: {name: harness.Timing(clock[name], 0, 0, 6, 1) for name in candidates},
+    )
+
+    class TwoBaselines(FakeWorkload):
+        def case(self, *args):
+            case = super().case(*args)
+            return dataclasses.replace(
+                case, baselines={"slow": case.baselines["exact"], "fast": case.baselines["exact"]}
+            )
+
+    result = run(TwoBaselines())
+    assert (result.baseline, result.ratio) == ("fast", 3.0)
+    assert result.baseline_times["slow"].median == 30.0
+
+
+def test_what_cannot_run_is_skipped_with_its_reason():
+    unsupported, large = run(FakeWorkload(unsupported=True)), run(FakeWorkload(needs=2000))
+    assert (unsupported.status, unsupported.reason) == ("skipped", "not today")
+    assert large.status == "skipped" and "GiB" in large.reason
+
+
+@pytest.mark.parametrize("window", [-1, 50])
+def test_attention_flop_and_oracle(window, monkeypatch):
+    workload = workloads.Attention(2, 4, 130, 8, nheads_k=2, window=window)
+    monkeypatch.setattr(workloads, "ORACLE_ROWS", 32)  # several blocks, the last one incomplete
+    q, k, v = (torch.randn(2, 130, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    whole = fastgpt.attention(q, k, v, window_size=(window, -1), backend="reference")
+    torch.testing.assert_close(workload._oracle(q, k, v)[0], whole)
+
+    i, j = torch.arange(130)[:, None], torch.arange(130)
+    visible = (j <= i) & ((j >= i - window) if window >= 0 else True)
+    flop = 4 * 8 * visible.sum().item() * 2 * 4
+    assert workload.work(torch.float32, "forward").amount == flop
+    assert workload.work(torch.float32, "backward").amount == 2.5 * flop
+
+
+SMALL = [
+    workloads.Attention(1, 4, 70, 16, nheads_k=2),
+    workloads.Attention(2, 2, 70, 16, window=20),
+    workloads.Decode(2, 4, 2, 50, 16),
+]
+
+
+@pytest.mark.parametrize("workload", SMALL, ids=lambda workload: workload.name)
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+def test_workloads_verify_by_the_reference(workload, dtype):
+    for direction in workload.directions:
+        case = workload.case("cpu", harness.DTYPES[dtype], direction, "reference")
+        checked = harness.verify(case)
+        assert [parity.tensor for parity in checked] == (
+            ["out"] if direction == "forward" else ["dq", "dk", "dv"]
+        )
+
+
+def test_workload_verification_sees_a_wrong_kernel(monkeypatch):
+    """One visible key too few, in one direction after the other."""
+    right = fastgpt.attention
+
+    def wrong(q, k, v, *, window_size, backend):
+        keys = window_size if backend == "reference" else (q.shape[1] - 2, -1)
+        return right(q, k, v, window_size=keys, backend="reference")
+
+    workload = workloads.Attention(1, 2, 40, 16)
+    monkeypatch.setattr(fastgpt, "attention", wrong)
+    for direction in workload.directions:
+        with pytest.raises(harness.ParityError):
+            harness.verify(workload.case("cpu", torch.float32, direction, "cpu"))
+
+
+def test_decode_verification_sees_a_read_behind_the_keys(monkeypatch):
+    right = fastgpt.attention_with_kvcache
+
+    def wrong(*tensors, cache_seqlens, backend):
+        return right(*tensors, cache_seqlens=cache_seqlens + 1, backend="reference")
+
+    monkeypatch.setattr(fastgpt, "attention_with_kvcache", wrong)
+    with pytest.raises(harness.ParityError, match="nan"):
+        harness.verify(workloads.Decode(1, 2, 1, 50, 16).case("cpu", torch.float32, "forward", "cpu"))
+
+
+def test_names_are_unique():
+    for table in workloads.TABLES.values():
+        assert len({workload.name for workload in table}) == len(table)
+
+
+@pytest.fixture
+def saved():
+    results = (run(FakeWorkload()), run(FakeWorkload(error=1.0)), run(FakeWorkload(unsupported=True)))
+    machine = {"cpu": "a processor", "threads": 2, "torch": "2", "fastgpt": "0"}
+    ceilings = {"sgemm": 1e9, "read": 2e9, "copy": 3e9}
+    return report.Report("2025-01-01", "cpu", "cpu", 0.01, 1, machine, ceilings, results)
+
+
+def test_json_round_trip(saved, tmp_path):
+    path = tmp_path / "report.json"
+    report.save(saved, path)
+    assert report.load(path) == saved
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+    document = json.loads(path.read_text())
+    assert document["schema"] == report.SCHEMA
+    named = {field.name for field in dataclasses.fields(harness.Result)}
+    assert named == set(document["results"][0])
+    for name in named | set(document):
+        assert f"    {name} " in report.__doc__, f"{name} is not in the schema's description"
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match="schema 1"):
+        report.load(path)
+
+
+def test_table(saved):
+    lines = report.table(saved).splitlines()
+    ok, failed, skipped = (line for line in lines if line.startswith("fake"))
+    assert f"{saved.results[0].ratio:.2f}×" in ok and "of sgemm" in ok
+    assert "failed: out: off by 1" in failed
+    assert skipped.endswith("skipped: not today")
+    assert "ceilings measured here: sgemm 1 GFLOP/s, read 2 GB/s, copy 3 GB/s" in lines
+
+
+def test_plot(saved, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.plot(saved, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
