@@ -109,7 +109,7 @@ def test_each_instruction_set_computes_the_same(isa):
         "import fastgpt._cpu\nprint(fastgpt._cpu.isa)\n"
         "torch.manual_seed(0)\n"
         "for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):\n"
-        "  for d, dv, sq, sk in ((64, 64, 150, 150), (33, 80, 130, 200), (1, 7, 2, 300), (128, 128, 1, 600)):\n"
+        "  for d, dv, sq, sk in ((64, 64, 150, 150), (33, 80, 130, 200), (1, 7, 2, 300), (128, 99, 1, 60)):\n"
         "    q, k, v = (torch.randn(s).to(dtype) for s in ((2, sq, 4, d), (2, sk, 2, d), (2, sk, 2, dv)))\n"
         "    results = []\n"
         "    for backend in ('cpu', 'reference'):\n"

@@ -42,7 +42,7 @@ def layer_of(module: str) -> int | None:
 
 
 def imports(path: Path) -> list[tuple[str, bool, int]]:
-    """(module, whether at the top of the file, line) of each import; `from a import b` gives a.b if a module."""
+    """(module, whether run when the file is imported, line) of each import."""
     found = []
     tree = ast.parse(path.read_text())
     parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}

@@ -22,6 +22,7 @@ namespace {
 #include "attention_forward.h"
 #include "attention_backward.h"
 #include "decode.h"
+#include "norm.h"
 
 // Calls Kernel<T>{params}.run() with T for the storage type.
 template <template <class> class Kernel, class Params>
@@ -54,8 +55,8 @@ const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
     attention_forward,
     by_dtype<AttentionBackward, AttentionBackwardParams>,
     by_dtype<Decode, DecodeParams>,
-    nullptr,
-    nullptr,
+    by_dtype<NormForward, NormForwardParams>,
+    by_dtype<NormBackward, NormBackwardParams>,
 };
 
 }  // namespace fastgpt

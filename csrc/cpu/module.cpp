@@ -180,4 +180,66 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("out"), py::arg("lse"), py::arg("cache_seqlens"), py::arg("seqlen_new"), py::arg("k_new"),
       py::arg("v_new"), py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"),
       py::arg("num_splits"), py::arg("num_threads"));
+
+  m.def(
+      "norm_forward",
+      [kernels](int dtype, int weight_dtype, int64_t rows, int64_t hidden, uintptr_t x, int64_t x_stride,
+                uintptr_t residual, int64_t residual_stride, uintptr_t weight, uintptr_t bias, float eps,
+                uintptr_t out, uintptr_t residual_out, uintptr_t mean, uintptr_t rstd, int num_threads) {
+        NormForwardParams p;
+        p.dtype = static_cast<DType>(dtype);
+        p.weight_dtype = static_cast<DType>(weight_dtype);
+        p.rows = rows;
+        p.hidden = hidden;
+        p.x = pointer<const void>(x);
+        p.x_stride = x_stride;
+        p.residual = pointer<const void>(residual);
+        p.residual_stride = residual_stride;
+        p.weight = pointer<const void>(weight);
+        p.bias = pointer<const void>(bias);
+        p.eps = eps;
+        p.out = pointer<void>(out);
+        p.residual_out = pointer<void>(residual_out);
+        p.mean = pointer<float>(mean);
+        p.rstd = pointer<float>(rstd);
+        p.num_threads = num_threads;
+        py::gil_scoped_release release;
+        kernels->norm_forward(p);
+      },
+      py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("x"),
+      py::arg("x_stride"), py::arg("residual"), py::arg("residual_stride"), py::arg("weight"),
+      py::arg("bias"), py::arg("eps"), py::arg("out"), py::arg("residual_out"), py::arg("mean"),
+      py::arg("rstd"), py::arg("num_threads"));
+
+  m.def(
+      "norm_backward",
+      [kernels](int dtype, int weight_dtype, int64_t rows, int64_t hidden, uintptr_t dout,
+                int64_t dout_stride, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t dresidual,
+                int64_t dresidual_stride, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dweight,
+                uintptr_t dbias, int num_threads) {
+        NormBackwardParams p;
+        p.dtype = static_cast<DType>(dtype);
+        p.weight_dtype = static_cast<DType>(weight_dtype);
+        p.rows = rows;
+        p.hidden = hidden;
+        p.dout = pointer<const void>(dout);
+        p.dout_stride = dout_stride;
+        p.x = pointer<const void>(x);
+        p.x_stride = x_stride;
+        p.weight = pointer<const void>(weight);
+        p.dresidual = pointer<const void>(dresidual);
+        p.dresidual_stride = dresidual_stride;
+        p.mean = pointer<const float>(mean);
+        p.rstd = pointer<const float>(rstd);
+        p.dx = pointer<void>(dx);
+        p.dweight = pointer<void>(dweight);
+        p.dbias = pointer<void>(dbias);
+        p.num_threads = num_threads;
+        py::gil_scoped_release release;
+        kernels->norm_backward(p);
+      },
+      py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("dout"),
+      py::arg("dout_stride"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("dresidual"),
+      py::arg("dresidual_stride"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dweight"),
+      py::arg("dbias"), py::arg("num_threads"));
 }

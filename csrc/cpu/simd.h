@@ -42,8 +42,15 @@ FASTGPT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unali
 FASTGPT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 
 FASTGPT_INLINE vf load(const bf16* p) {
-  vh h = *reinterpret_cast<const vh_unaligned*>(p);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  // GCC 12 splits the generic conversion into halves.
+#if defined(__AVX512F__)
+  vu wide = (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  vu wide = (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vu wide = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu);
+#endif
+  return (vf)(wide << 16);
 }
 FASTGPT_INLINE void store(bf16* p, vf x) {
   vu u = (vu)x;
@@ -129,14 +136,6 @@ FASTGPT_INLINE void fill_zero(float* p, int64_t n) { __builtin_memset(p, 0, n * 
 // Of NaN and a number: the NaN when it is b, the number when it is a.
 FASTGPT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 
-FASTGPT_INLINE float horizontal_sum(vf x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
-
 // 2^x for x <= 128, relative error below 1e-7, exactly 1 at 0 and exactly 0 below -150; NaN stays NaN.
 FASTGPT_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
@@ -182,6 +181,18 @@ FASTGPT_INLINE vf interleave_low(vf a, vf b, Lanes<I...>) {
 template <int... I>
 FASTGPT_INLINE vf interleave_high(vf a, vf b, Lanes<I...>) {
   return __builtin_shufflevector(a, b, (I % 2 * kLanes + kLanes / 2 + I / 2)...);
+}
+
+template <int kDistance, int... I>
+FASTGPT_INLINE vf add_lanes(vf x, Lanes<I...>) {
+  return x + __builtin_shufflevector(x, x, (I ^ kDistance)...);
+}
+
+FASTGPT_INLINE float horizontal_sum(vf x) {
+  typename MakeLanes<kLanes>::type lanes;
+  if constexpr (kLanes > 8) x = add_lanes<8>(x, lanes);
+  if constexpr (kLanes > 4) x = add_lanes<4>(x, lanes);
+  return add_lanes<1>(add_lanes<2>(x, lanes), lanes)[0];
 }
 
 // Transposes a kLanes x kLanes block in place: log2(kLanes) rounds of perfect shuffles.

@@ -55,7 +55,7 @@ struct NormForwardParams {
   const void *weight, *bias;  // (hidden), or null
   float eps;
   void* out;           // (rows, hidden), contiguous
-  void* residual_out;  // x + residual, contiguous, or null
+  void* residual_out;  // x + residual, (rows, hidden), contiguous, or null
   float *mean, *rstd;
   int num_threads;
 };
@@ -71,8 +71,8 @@ struct NormBackwardParams {
   const void* dresidual;  // gradient of residual_out, added to dx, or null
   int64_t dresidual_stride;
   const float *mean, *rstd;
-  void* dx;                // (rows, hidden), contiguous
-  float *dweight, *dbias;  // (hidden), or null
+  void* dx;               // (rows, hidden), contiguous
+  void *dweight, *dbias;  // (hidden) in weight_dtype, or null
   int num_threads;
 };
 

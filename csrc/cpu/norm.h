@@ -1,0 +1,222 @@
+// Layer norm and RMS norm, forward and backward, one row of `hidden` elements at a time.
+//
+//   z = x + residual, rounded to their type
+//   layer norm: mean = sum(z) / hidden, rstd = 1 / sqrt(sum((z - mean)^2) / hidden + eps)
+//   RMS norm:   mean = 0,               rstd = 1 / sqrt(sum(z^2) / hidden + eps)
+//   xhat = (z - mean) rstd,  out = xhat weight + bias
+//
+// Ba et al. 2016 (arXiv:1607.06450); Zhang and Sennrich 2019 (arXiv:1910.07467).
+//
+// x, residual, dout, dresidual (rows, hidden) in fp32, bf16 or fp16, any row stride; out, residual_out, dx
+// the same, contiguous; weight, bias, dweight, dbias (hidden) in fp32, bf16 or fp16, independent of x's
+// type; mean, rstd (rows) fp32. All arithmetic is fp32, and `out` is rounded once. The norm is that of the
+// rounded sum, which is what backward finds stored: where the variance is small, statistics of the unrounded
+// one would not be those of its rows. The variance is that of z - mean, never a difference of large moments;
+// the rounding of the mean is taken out of it, and out of `out`, by the mean of z - mean.
+//
+// One unit of work owns a block of rows that depends on the shape alone, so the bits depend neither on
+// the number of threads nor, row by row, on the batch. The last vector of a row is loaded and stored in
+// part. Error bounds: tests/test_norm.py::test_forward_parity and ::test_backward_parity.
+
+constexpr int64_t kUnitElements = 1 << 14;  // of a unit: a few microseconds, what waking a thread costs
+constexpr int kSums = 4;                    // partial sums of a row, so that additions overlap
+
+// Calls body(unit, worker) for every unit; on the calling thread alone where one is enough.
+template <class Body>
+void parallel_units(int64_t units, int64_t workers, const Body& body) {
+  if (workers <= 1) {
+    for (int64_t u = 0; u < units; u++) body(u, 0);
+    return;
+  }
+  int64_t unit_counter = 0, worker_counter = 0;
+#pragma omp parallel num_threads(workers)
+  {
+    int64_t worker = next_unit(&worker_counter);
+    for (int64_t u; (u = next_unit(&unit_counter)) < units;) body(u, worker);
+  }
+}
+
+// Calls body(i, n, s) for every vector of a row: its n elements from i on go into partial sum s.
+template <class Body>
+FASTGPT_INLINE void for_each_vector(int64_t hidden, const Body& body) {
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= hidden; i += kSums * kLanes)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; s++) body(i + s * kLanes, kLanes, s);
+  for (; i + kLanes <= hidden; i += kLanes) body(i, kLanes, 0);
+  if (i < hidden) body(i, hidden - i, 0);
+}
+
+FASTGPT_INLINE float total(const vf (&sums)[kSums]) {
+  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// (hidden) weights as fp32: `source` itself if it is fp32, else `buffer`, filled with `missing` if null.
+inline const float* as_fp32(const void* source, DType dtype, int64_t hidden, float missing, float* buffer) {
+  int64_t width = round_up(hidden, kLanes);
+  if (!source)
+    for (int64_t i = 0; i < width; i += kLanes) store(buffer + i, splat(missing));
+  else if (dtype == DType::f32)
+    return static_cast<const float*>(source);
+  else if (dtype == DType::bf16)
+    pack_rows(static_cast<const bf16*>(source), 0, 1, hidden, 1.0f, buffer, width);
+  else
+    pack_rows(static_cast<const f16*>(source), 0, 1, hidden, 1.0f, buffer, width);
+  return buffer;
+}
+
+template <class T>
+struct NormForward {
+  const NormForwardParams& p;
+  int64_t width = round_up(p.hidden, 16);
+  float scale = 1.0f / static_cast<float>(p.hidden);
+
+  void run() {
+    int64_t unit_rows = max(1, kUnitElements / p.hidden);
+    int64_t units = (p.rows + unit_rows - 1) / unit_rows, workers = min(units, p.num_threads);
+    float* buffer = scratch((2 + 2 * max(workers, 1)) * width);
+    const float* weight = as_fp32(p.weight, p.weight_dtype, p.hidden, 1.0f, buffer);
+    const float* bias = as_fp32(p.bias, p.weight_dtype, p.hidden, 0.0f, buffer + width);
+    parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
+      int64_t end = min(p.rows, (unit + 1) * unit_rows);
+      for (int64_t r = unit * unit_rows; r < end; r++)
+        normalise(r, weight, bias, buffer + (2 + 2 * worker) * width);
+    });
+  }
+
+  // Row r of z, in residual_out, in `buffer` or x's own.
+  FASTGPT_INLINE const T* add_row(int64_t r, float* buffer) {
+    const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
+    if (!p.residual) return x;
+    const T* residual = static_cast<const T*>(p.residual) + r * p.residual_stride;
+    T* z = p.residual_out ? static_cast<T*>(p.residual_out) + r * p.hidden : reinterpret_cast<T*>(buffer);
+    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int) {
+      store_upto(z + i, load_upto(x + i, n) + load_upto(residual + i, n), n);
+    });
+    return z;
+  }
+
+  // The sum of a row's elements, and the row as fp32: itself, or a copy in `buffer`.
+  FASTGPT_INLINE float sum_row(const float* row, float*, const float** z) {
+    vf sums[kSums] = {};
+    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) { sums[s] += load_upto(row + i, n); });
+    *z = row;
+    return total(sums);
+  }
+  template <class Narrow>
+  FASTGPT_INLINE float sum_row(const Narrow* row, float* buffer, const float** z) {
+    vf sums[kSums] = {};
+    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) {
+      vf x = load_upto(row + i, n);
+      store(buffer + i, x);
+      sums[s] += x;
+    });
+    *z = buffer;
+    return total(sums);
+  }
+
+  FASTGPT_INLINE void normalise(int64_t r, const float* weight, const float* bias, float* buffer) {
+    const float* z;
+    float sum = sum_row(add_row(r, buffer + width), buffer, &z);
+    float mean = p.mean ? sum * scale : 0.0f;
+    vf sums[kSums] = {}, squares[kSums] = {};
+    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) {
+      vf d = lane_index() < static_cast<int32_t>(n) ? load_upto(z + i, n) - mean : vf{};
+      sums[s] += d;
+      squares[s] += d * d;
+    });
+    float shift = p.mean ? total(sums) * scale : 0.0f;
+    float variance = total(squares) * scale - shift * shift;
+    float rstd = 1.0f / __builtin_sqrtf((variance < 0 ? 0.0f : variance) + p.eps);
+    if (p.mean) p.mean[r] = mean + shift;
+    p.rstd[r] = rstd;
+    T* out = static_cast<T*>(p.out) + r * p.hidden;
+    float offset = -shift * rstd;
+    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int) {
+      vf xhat = (load_upto(z + i, n) - mean) * rstd + offset;
+      store_upto(out + i, xhat * load_upto(weight + i, n) + load_upto(bias + i, n), n);
+    });
+  }
+};
+
+// With g = dout weight, of out = xhat weight + bias and xhat = (z - mean) rstd:
+//   dx = rstd (g - sum(g) / hidden - xhat sum(g xhat) / hidden) + dresidual   (RMS norm: no sum(g))
+//   dweight = sum over rows of dout xhat,  dbias = sum over rows of dout
+// x is the sum z. A unit owns the rows of one chunk, adds their dweight and dbias to
+// fp32 sums of its own, and these are added in the order of the chunks.
+template <class T>
+struct NormBackward {
+  const NormBackwardParams& p;
+  int64_t width = round_up(p.hidden, 16);
+  float scale = 1.0f / static_cast<float>(p.hidden);
+
+  void run() {
+    constexpr int64_t kMaxChunks = 64, kMinChunkRows = 8;  // bound the memory and the traffic of the sums
+    int64_t chunk_rows =
+        max(max(kMinChunkRows, kUnitElements / p.hidden), (p.rows + kMaxChunks - 1) / kMaxChunks);
+    int64_t chunks = (p.rows + chunk_rows - 1) / chunk_rows;
+    int64_t workers = min(chunks, p.num_threads);
+    float* buffer = scratch((1 + workers + 2 * max(chunks, 1)) * width);
+    float* partial = buffer + (1 + workers) * width;  // chunk c: dweight, then dbias, at 2 c width
+    const float* weight = as_fp32(p.weight, p.weight_dtype, p.hidden, 1.0f, buffer);
+    parallel_units(chunks, workers, [&](int64_t chunk, int64_t worker) {
+      float *dweight = partial + 2 * chunk * width, *dbias = dweight + width;
+      fill_zero(dweight, 2 * width);
+      int64_t end = min(p.rows, (chunk + 1) * chunk_rows);
+      for (int64_t r = chunk * chunk_rows; r < end; r++)
+        differentiate(r, weight, buffer + (1 + worker) * width, dweight, dbias);
+    });
+    reduce(partial, chunks, p.dweight);
+    reduce(partial + width, chunks, p.dbias);
+  }
+
+  FASTGPT_INLINE void differentiate(int64_t r, const float* weight, float* g_row, float* dweight,
+                                    float* dbias) {
+    const T* dout = static_cast<const T*>(p.dout) + r * p.dout_stride;
+    const T* z = static_cast<const T*>(p.x) + r * p.x_stride;
+    const T* dresidual = static_cast<const T*>(p.dresidual);
+    if (dresidual) dresidual += r * p.dresidual_stride;
+    T* dx = static_cast<T*>(p.dx) + r * p.hidden;
+    float mean = p.mean ? p.mean[r] : 0.0f, rstd = p.rstd[r];
+    vf sums[kSums] = {}, products[kSums] = {};
+    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) {
+      vf g = load_upto(dout + i, n) * load_upto(weight + i, n);
+      store(g_row + i, g);
+      sums[s] += g;
+      products[s] += g * ((load_upto(z + i, n) - mean) * rstd);
+    });
+    float mean_g = p.mean ? total(sums) * scale : 0.0f, mean_gx = total(products) * scale;
+    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int) {
+      vf dy = load_upto(dout + i, n), xhat = (load_upto(z + i, n) - mean) * rstd;
+      // From memory: multiplied again, g would be fused with the difference, and not rounded as in mean_g.
+      vf d = rstd * (load(g_row + i) - mean_g - xhat * mean_gx);
+      if (dresidual) d += load_upto(dresidual + i, n);
+      store_upto(dx + i, d, n);
+      store(dweight + i, load(dweight + i) + dy * xhat);
+      store(dbias + i, load(dbias + i) + dy);
+    });
+  }
+
+  // Adds the chunks' sums in order, into the first, and stores them in the weights' type.
+  void reduce(float* partial, int64_t chunks, void* gradient) {
+    if (!gradient) return;
+    if (chunks == 0) fill_zero(partial, width);
+    int64_t unit_columns = 1024, units = (p.hidden + unit_columns - 1) / unit_columns;
+    parallel_units(units, chunks * p.hidden < 2 * kUnitElements ? 1 : min(units, p.num_threads),
+                   [&](int64_t unit, int64_t) {
+                     int64_t end = min(p.hidden, (unit + 1) * unit_columns);
+                     for (int64_t c = 1; c < chunks; c++)
+                       for (int64_t i = unit * unit_columns; i < end; i += kLanes)
+                         store(partial + i, load(partial + i) + load(partial + 2 * c * width + i));
+                     for (int64_t i = unit * unit_columns; i < end; i += kLanes) {
+                       vf sum = load(partial + i);
+                       if (p.weight_dtype == DType::f32)
+                         store_upto(static_cast<float*>(gradient) + i, sum, p.hidden - i);
+                       else if (p.weight_dtype == DType::bf16)
+                         store_upto(static_cast<bf16*>(gradient) + i, sum, p.hidden - i);
+                       else
+                         store_upto(static_cast<f16*>(gradient) + i, sum, p.hidden - i);
+                     }
+                   });
+  }
+};

@@ -1,0 +1,133 @@
+"""Modules on the fused operators, with the parameters and the state dict of those they replace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.ops.attention.api import attention
+from fastgpt.ops.norm.api import layer_norm, rms_norm
+
+
+def _check_one_axis(normalized_shape: tuple[int, ...]) -> None:
+    if len(normalized_shape) != 1:
+        raise ValueError(f"hidden: got {normalized_shape}, expected one axis, the last")
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over the last axis, by :func:`fastgpt.layer_norm`.
+
+    Args:
+        hidden: size of the last axis.
+        eps: added to the variance.
+        elementwise_affine: has a ``weight``, and a ``bias`` unless ``bias`` is False.
+        bias: has a ``bias``.
+        device, dtype: of the parameters; float32 parameters also serve bfloat16 and float16 inputs.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden, eps, elementwise_affine, bias, device, dtype)
+        _check_one_axis(self.normalized_shape)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor | None = None, prenorm: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of input + residual, (..., hidden) each; with ``prenorm`` also that sum."""
+        return layer_norm(input, self.weight, self.bias, self.eps, residual=residual, prenorm=prenorm)
+
+
+class FusedRMSNorm(nn.RMSNorm):
+    """``torch.nn.RMSNorm`` over the last axis, by :func:`fastgpt.rms_norm`.
+
+    Args:
+        hidden: size of the last axis.
+        eps: added to the mean square; None is ``torch.finfo(input.dtype).eps``, as in torch.
+        elementwise_affine: has a ``weight``.
+        device, dtype: of the parameters; float32 parameters also serve bfloat16 and float16 inputs.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden, eps, elementwise_affine, device, dtype)
+        _check_one_axis(self.normalized_shape)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x + residual, (..., hidden) each; with ``prenorm`` also that sum."""
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return rms_norm(x, self.weight, None, eps, residual=residual, prenorm=prenorm)
+
+
+class FusedCausalSelfAttention(nn.Module):
+    """Causal self-attention: one projection to q, k and v, :func:`fastgpt.attention`, output projection.
+
+    ``qkv_proj`` gives the heads of q, then of k, then of v; ``out_proj`` takes the heads in order.
+
+    Args:
+        embed_dim: size of the input and the output; headdim is ``embed_dim // num_heads``.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of ``num_heads`` (GQA, MQA); default ``num_heads``.
+        bias: both projections have a bias.
+        dropout: probability of dropping a softmax probability, in training.
+        window_size: (left, right) of :func:`fastgpt.attention`, −1 = unlimited; never past the query.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        window_size: tuple[int, int] = (-1, -1),
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads != 0:
+            raise ValueError(f"num_heads: got {num_heads}, expected a divisor of embed_dim {embed_dim}")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+            raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads {num_heads}")
+        self.headdim = embed_dim // num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.dropout, self.window_size = dropout, window_size
+        width = (num_heads + 2 * num_kv_heads) * self.headdim
+        self.qkv_proj = nn.Linear(embed_dim, width, bias, device, dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, seqlen, embed_dim) to the same."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.headdim))
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+        out = attention(
+            q,
+            k,
+            v,
+            causal=True,
+            window_size=self.window_size,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        assert isinstance(out, Tensor)  # a pair only where lse is asked for
+        return self.out_proj(out.flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, dropout={self.dropout}"

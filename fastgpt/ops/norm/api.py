@@ -1,0 +1,172 @@
+"""``fastgpt.layer_norm`` and ``fastgpt.rms_norm``."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import dispatch
+from fastgpt.ops.checks import FLOATING, shape_of
+from fastgpt.ops.norm import library
+from fastgpt.ops.norm.spec import FEATURES, NormCall, NormSpec
+from fastgpt.ops.norm.torch import composite
+
+
+def _check_rows(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor (..., hidden)")
+    if value.dim() < 1 or value.shape[-1] < 1:
+        raise ValueError(f"{name}: got shape {shape_of(value)}, expected (..., hidden) with hidden >= 1")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        raise ValueError(
+            f"{name}: got strides {value.stride()}, expected the last one to be 1; call .contiguous() on it"
+        )
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> None:
+    _check_rows("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: got shape {shape_of(residual)}, expected {shape_of(x)} like x")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: got dtype {residual.dtype}, expected {x.dtype} like x")
+    if residual.device != x.device:
+        raise ValueError(f"residual: got device {residual.device}, expected {x.device} like x")
+
+
+def _check_parameter(name: str, value: object, x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor (hidden) or None")
+    if value.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: got shape {shape_of(value)}, expected ({x.shape[-1]},), the hidden of x")
+    if value.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {x.dtype} like x, or torch.float32")
+    if value.device != x.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {x.device} like x")
+    if value.stride(0) != 1 and value.shape[0] > 1:
+        raise ValueError(f"{name}: got stride {value.stride(0)}, expected 1; call .contiguous() on it")
+
+
+def _check_eps(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: got {type(eps).__name__}, expected a float")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, expected a finite number that is not negative")
+
+
+@functools.cache
+def _resolve(asked: str, *metadata: Any) -> str:
+    return dispatch.resolve(NormCall(*metadata), asked)
+
+
+@dispatch.traced_as_constant
+def _backend(asked: str, *metadata: Any) -> str:
+    return _resolve(asked, *metadata)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    spec: NormSpec,
+    residual: Tensor | None,
+    prenorm: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    _check_rows("x", x)
+    if residual is not None:
+        _check_residual(residual, x)
+    if weight is not None:
+        _check_parameter("weight", weight, x)
+    if bias is not None:
+        _check_parameter("bias", bias, x)
+        if weight is not None and bias.dtype != weight.dtype:
+            raise TypeError(f"bias: got dtype {bias.dtype}, expected {weight.dtype} like weight")
+    _check_eps(spec.eps)
+    if not isinstance(prenorm, bool):
+        raise TypeError(f"prenorm: got {prenorm!r}, expected True or False")
+
+    inputs = (x, residual, weight, bias)
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    parameter = weight if weight is not None else bias
+    uses = (
+        spec.rms,
+        weight is not None,
+        bias is not None,
+        parameter is not None and parameter.dtype != x.dtype,
+        residual is not None,
+        backward,
+    )
+    features = tuple(name for name, used in zip(FEATURES, uses, strict=True) if used)
+    asked = dispatch.requested(backend)
+    name = _backend(asked, x.device.type, x.dtype, features)
+    if name == "torch":
+        out, residual_out = composite(*inputs, spec)
+        return (out, residual_out) if prenorm else out
+    if name == "reference":
+        dispatch.warn_if_slow(asked, "norm", x.numel())
+    out, residual_out, _, _ = library.run(backward, *inputs, prenorm or backward, *spec, name)
+    if prenorm:
+        return out, x if residual is None else residual_out
+    return out
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm over the last axis, with an optional residual addition before it (Ba et al. 2016).
+
+    ``z = x + residual``, ``out = (z − mean(z)) / sqrt(var(z) + eps) · weight + bias``, var being that of
+    the population. Statistics and the gradients of weight and bias accumulate in float32 (float64 for
+    float64 tensors). ``z`` is rounded to x's dtype, and everything after it is computed from the rounded
+    sum, as in ``layer_norm(x + residual)``: forward and backward see the same rows.
+
+    Args:
+        x: (..., hidden); float32, bfloat16, float16, or float64 on ``reference`` and ``torch``. Any strides
+            whose last is 1: rows at a uniform distance are read in place, other layouts are copied first.
+        weight: (hidden), in x's dtype or float32; None = 1.
+        bias: (hidden), in weight's dtype; None = 0.
+        eps: added to the variance.
+        residual: of x's shape and dtype, added to x before the norm.
+        prenorm: also return the sum x + residual (x itself without a residual), the next block's residual.
+        backend: ``auto``, ``cpu``, ``torch``, ``reference``, ``triton`` or ``cuda``; default
+            ``FASTGPT_BACKEND``, else ``auto``.
+
+    Returns:
+        out, contiguous, of x's shape and dtype; with ``prenorm`` the pair (out, residual_out).
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it.
+        fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
+    """
+    return _run(x, weight, bias, NormSpec(False, eps), residual, prenorm, backend)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS norm over the last axis, with an optional residual addition before it (Zhang & Sennrich 2019).
+
+    ``z = x + residual``, ``out = z / sqrt(mean(z²) + eps) · weight + bias``. Everything else is as in
+    :func:`layer_norm`; ``eps`` is added to the mean square.
+    """
+    return _run(x, weight, bias, NormSpec(True, eps), residual, prenorm, backend)

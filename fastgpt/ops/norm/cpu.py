@@ -1,0 +1,121 @@
+"""Norms on the native CPU kernels: ``csrc/cpu/norm.h``.
+
+Passes pointers, sizes and row strides; storage fp32, bf16 or fp16, arithmetic fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.dispatch import native_dtype
+from fastgpt.ops.norm.spec import NormCall, NormSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "backward")
+
+
+def unsupported(call: NormCall) -> list[str]:
+    reasons = []
+    if call.device != "cpu":
+        reasons.append(f"the tensors are on {call.device}, not on the CPU")
+    if call.dtype not in DTYPES:
+        reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
+    reasons += [
+        f"{name} is not written for the CPU kernels yet" for name in call.features if name not in FEATURES
+    ]
+    return reasons
+
+
+def _rows(t: Tensor) -> tuple[Tensor, int]:
+    """The tensor and its row stride; a copy of it where the leading axes have no common stride."""
+    hidden = t.shape[-1]
+    if t.is_contiguous():
+        return t, hidden
+    t = t.reshape(-1, hidden)
+    return t, t.stride(0)
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    store: bool,
+    spec: NormSpec,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    from fastgpt import _cpu
+
+    hidden = x.shape[-1]
+    rows = x.numel() // hidden
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual_out = torch.empty_like(out) if store else None
+    rstd = torch.empty(rows, dtype=torch.float32)
+    mean = None if spec.rms else torch.empty(rows, dtype=torch.float32)
+    parameter = weight if weight is not None else bias
+    x, x_stride = _rows(x)
+    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
+    _cpu.norm_forward(
+        native_dtype(x.dtype),
+        native_dtype(x.dtype if parameter is None else parameter.dtype),
+        rows,
+        hidden,
+        x.data_ptr(),
+        x_stride,
+        _pointer(residual),
+        residual_stride,
+        _pointer(weight),
+        _pointer(bias),
+        spec.eps,
+        out.data_ptr(),
+        _pointer(residual_out),
+        _pointer(mean),
+        rstd.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, residual_out, mean, rstd
+
+
+def backward(
+    dout: Tensor,
+    dresidual_out: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    spec: NormSpec,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from fastgpt import _cpu
+
+    dx = torch.empty_like(z, memory_format=torch.contiguous_format)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
+    parameter = weight if weight is not None else bias
+    z, z_stride = _rows(z)
+    dout, dout_stride = _rows(dout)
+    dresidual_out, dresidual_stride = (None, 0) if dresidual_out is None else _rows(dresidual_out)
+    _cpu.norm_backward(
+        native_dtype(z.dtype),
+        native_dtype(z.dtype if parameter is None else parameter.dtype),
+        rstd.numel(),
+        z.shape[-1],
+        dout.data_ptr(),
+        dout_stride,
+        z.data_ptr(),
+        z_stride,
+        _pointer(weight),
+        _pointer(dresidual_out),
+        dresidual_stride,
+        _pointer(mean),
+        rstd.data_ptr(),
+        dx.data_ptr(),
+        _pointer(dweight),
+        _pointer(dbias),
+        torch.get_num_threads(),
+    )
+    return dx, dweight, dbias
