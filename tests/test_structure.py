@@ -23,7 +23,8 @@ OPTIONAL = {"triton", "transformers", "matplotlib", "tqdm", "gguf", "accelerate"
 # Arrows run downward only: a module imports from its own layer's list and from those below.
 LAYERS = [
     ("fastgpt.cli",),
-    ("fastgpt.demo", "fastgpt.bench"),
+    ("fastgpt.demo",),
+    ("fastgpt.bench",),
     ("fastgpt.integrations", "fastgpt.gpt"),
     ("fastgpt.nn", "fastgpt.kv_cache"),
     tuple(f"fastgpt.ops.{op}.api" for op in OPS),
