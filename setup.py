@@ -46,10 +46,11 @@ class CMakeBuild(build_ext):
         ]
         ninja = shutil.which("ninja")
         if ninja:
-            # An isolated build has its own ninja; a cache from an earlier build names one that is gone.
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         try:
-            subprocess.run(configure, check=True)
+            if subprocess.run(configure).returncode != 0:
+                # An earlier cache may name a build environment, or a source folder, that is gone.
+                subprocess.run([*configure, "--fresh"], check=True)
             subprocess.run(["cmake", "--build", str(build_dir)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(
@@ -58,7 +59,9 @@ class CMakeBuild(build_ext):
                 "'reference' backends."
             ) from error
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build_dir / target.name, target)
+        # Renamed into place: a running process may have the old file mapped.
+        shutil.copy2(build_dir / target.name, f"{target}.new")
+        os.replace(f"{target}.new", target)
 
 
 setup(
