@@ -34,6 +34,15 @@ logger = logging.getLogger("fastgpt")
 _said: set[str] = set()
 
 
+def traced_as_constant(function: F) -> F:
+    """torch.compile evaluates ``function`` while tracing, once per graph.
+
+    What torch.compiler.assume_constant_result does, without importing torch._dynamo (1.5 s).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class BackendUnsupported(RuntimeError):
     """The backend that was asked for cannot serve the call; the message lists every reason."""
 
@@ -113,6 +122,8 @@ def requested(backend: str | None) -> str:
     """
     origin = "backend" if backend is not None else "FASTGPT_BACKEND"
     name = backend if backend is not None else os.environ.get("FASTGPT_BACKEND") or "auto"
+    if not isinstance(name, str):
+        raise TypeError(f"{origin}: got {name!r}, expected the name of a backend")
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{origin}: got {name!r}, expected one of auto, {', '.join(BACKENDS)}")
     return name
@@ -140,8 +151,19 @@ def resolve(call: Call, name: str) -> str:
     raise BackendUnsupported(f"no backend can serve {call.describe()}:\n{listed}")
 
 
-def warn_if_slow(asked: str, op: str, elements: int) -> None:
-    """Warns once per op where ``auto`` has landed on `reference` for a large input."""
+@functools.cache
+def _chosen(asked: str, call_type: Callable[..., Call], metadata: tuple[Any, ...]) -> str:
+    return resolve(call_type(*metadata), asked)
+
+
+@traced_as_constant
+def choose(asked: str, call_type: Callable[..., Call], *metadata: Any) -> str:
+    """:func:`resolve` of ``call_type(*metadata)``, remembered; torch.compile takes it for a constant."""
+    return _chosen(asked, call_type, metadata)
+
+
+def warn_if_slow(asked: str, op: str, elements: int, stacklevel: int) -> None:
+    """Warns once per op, at the caller's line, where ``auto`` has landed on `reference` for a large input."""
     if torch.compiler.is_compiling():
         return
     if asked == "auto" and elements > LARGE_REFERENCE and op not in _said:
@@ -150,7 +172,7 @@ def warn_if_slow(asked: str, op: str, elements: int) -> None:
             f"fastgpt: {op} of {elements:,} elements runs on the slow 'reference' backend; "
             "backend='cpu' (or another) says why it cannot serve this call",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
@@ -158,17 +180,3 @@ def _say_once(level: int, text: str) -> None:
     if text not in _said:
         _said.add(text)
         logger.log(level, text)
-
-
-def traced_as_constant(function: F) -> F:
-    """torch.compile evaluates ``function`` while tracing, once per graph.
-
-    What torch.compiler.assume_constant_result does, without importing torch._dynamo (1.5 s).
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-def native_dtype(dtype: torch.dtype) -> int:
-    """The number of ``dtype`` in ``csrc/include/fastgpt/params.h``."""
-    return {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgpt.ops.checks import FLOATING
 from fastgpt.ops.decode.api import attention_with_kvcache
 
 
@@ -31,13 +32,16 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        headdim_v = headdim if headdim_v is None else headdim_v
         sizes = {"num_layers": num_layers, "batch": batch, "capacity": capacity, "nheads_k": nheads_k}
-        for name, size in {**sizes, "headdim": headdim, "headdim_v": headdim_v or headdim}.items():
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, expected at least 1")
+        for name, size in {**sizes, "headdim": headdim, "headdim_v": headdim_v}.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: got {size!r}, expected an integer of at least 1")
+        if dtype not in FLOATING:
+            raise TypeError(f"dtype: got {dtype}, expected float32, bfloat16, float16 or float64")
         shape = (num_layers, batch, capacity, nheads_k)
         self.k = torch.empty(*shape, headdim, dtype=dtype, device=device)
-        self.v = torch.empty(*shape, headdim_v or headdim, dtype=dtype, device=device)
+        self.v = torch.empty(*shape, headdim_v, dtype=dtype, device=device)
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
 
     @property
@@ -57,9 +61,13 @@ class KVCache:
     ) -> Tensor:
         """Appends k, v (batch, seqlen, nheads_k, headdim) to a layer; causal attention of q over it.
 
+        Until :meth:`advance`, a second call for the same layer overwrites the first one's tokens.
+
         Raises:
-            ValueError: the new tokens do not fit; the layer is unchanged.
+            ValueError: the new tokens do not fit; the layer is unchanged. There is no such layer.
         """
+        if not 0 <= layer < self.k.shape[0]:
+            raise ValueError(f"layer: got {layer}, expected 0 to {self.k.shape[0] - 1}")
         return attention_with_kvcache(  # type: ignore[return-value]
             q,
             self.k[layer],
@@ -73,7 +81,16 @@ class KVCache:
         )
 
     def advance(self, tokens: int) -> None:
-        """Counts ``tokens`` more tokens, once every layer has appended them."""
+        """Counts ``tokens`` more tokens, once every layer has appended them.
+
+        Raises:
+            ValueError: ``tokens`` is negative, or (on the CPU) more than the cache holds.
+        """
+        room = self.capacity
+        if self.seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            room -= int(self.seqlens.max())
+        if not 0 <= tokens <= room:
+            raise ValueError(f"tokens: got {tokens}, expected 0 to {room}")
         self.seqlens += tokens
 
     def truncate(self, tokens: int) -> None:

@@ -18,11 +18,32 @@ from fastgpt.ops.attention import library, reference
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
 
 
-def plain_attention(q, k, v, causal, window):
+def plain_attention(
+    q,
+    k,
+    v,
+    causal,
+    window,
+    scale=None,
+    softcap=0.0,
+    slopes=None,
+    bias=None,
+    sink=None,
+    keep=None,
+    dropout_p=0.0,
+):
     """Attention as anyone would write it in PyTorch, every step in q's dtype; (out, lse)."""
-    (_, sq, nheads, headdim), (_, sk, nheads_k, _) = q.shape, k.shape
+    (batch, sq, nheads, headdim), (_, sk, nheads_k, _) = q.shape, k.shape
     k, v = (t.repeat_interleave(nheads // nheads_k, dim=2) for t in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * headdim**-0.5
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (headdim**-0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        # Token i of q is token i + sk - sq of the keys' sequence; the penalty grows with the distance.
+        distance = [[abs(i + sk - sq - j) for j in range(sk)] for i in range(sq)]
+        scores = scores - slopes.to(q).expand(batch, nheads)[..., None, None] * torch.tensor(distance).to(q)
+    if bias is not None:
+        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.to(q)
     i, j = torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)[None, :]
     left, right = window
     hidden = torch.zeros(sq, sk, dtype=torch.bool)
@@ -31,7 +52,13 @@ def plain_attention(q, k, v, causal, window):
     if causal or right >= 0:
         hidden |= j > i + (0 if causal else right)
     scores = scores.masked_fill(hidden, -torch.inf)
-    probs = torch.softmax(scores, dim=-1).masked_fill(hidden.all(-1)[:, None], 0)
+    if sink is not None:  # one more column, without a value
+        scores = torch.cat([scores, sink.to(q)[None, :, None, None].expand(batch, -1, sq, 1)], dim=-1)
+    probs = torch.softmax(scores, dim=-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)[
+        ..., :sk
+    ]
+    if keep is not None:
+        probs = probs * keep / (1 - dropout_p)
     return torch.einsum("bhij,bjhd->bihd", probs, v), torch.logsumexp(scores, dim=-1)
 
 
@@ -100,6 +127,81 @@ def test_backward_parity(case: AttentionCase, backend, dtype):
     check_backward(case, backend, dtype)
 
 
+OPTIONS = {
+    "scale": {"scale": 0.37},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"slopes": (4,)},
+    "alibi per batch": {"slopes": (2, 4)},
+    "bias": {"bias": (2, 4, 9, 14)},
+    "bias of a head": {"bias": (1, 4, 1, 14)},
+    "mask": {"bias": (2, 1, 9, 14), "mask": True},
+    "sink": {"sink": (4,)},
+    "dropout": {"dropout_p": 0.4},
+    "all": {
+        "scale": 0.2,
+        "softcap": 3.0,
+        "slopes": (2, 4),
+        "bias": (2, 4, 9, 14),
+        "sink": (4,),
+        "dropout_p": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (5, -1), (6, 2)], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_options_mean_what_the_design_says(backend, name, window):
+    q, k, v = (torch.randn(2, n, heads, 8, dtype=torch.float64) for n, heads in ((9, 4), (14, 2), (14, 2)))
+    chosen = dict(OPTIONS[name])
+    mask = chosen.pop("mask", False)
+    for key in ("slopes", "bias", "sink"):
+        if key in chosen:
+            chosen[key] = torch.rand(chosen[key], dtype=torch.float64)
+    if mask:
+        chosen["bias"] = chosen["bias"] < 0.6
+    state = torch.tensor([12345678901, 42])
+    keep = reference.philox_keep(state, chosen.get("dropout_p", 0.0), (2, 4, 9, 14))
+    causal = window != (6, 2)
+    expected = plain_attention(q, k, v, causal, window, keep=keep, **chosen)
+    arguments = {
+        "softmax_scale": chosen.get("scale"),
+        "softcap": chosen.get("softcap", 0.0),
+        "alibi_slopes": chosen.get("slopes"),
+        "attn_bias": chosen.get("bias"),
+        "sink": chosen.get("sink"),
+        "dropout_p": chosen.get("dropout_p", 0.0),
+        "rng_state": state if "dropout_p" in chosen else None,
+        "causal": causal,
+        "window_size": window,
+    }
+    if backend == "torch" and name not in ("scale", "bias", "bias of a head", "mask"):
+        with pytest.raises(fastgpt.BackendUnsupported):
+            fastgpt.attention(q, k, v, backend="torch", **arguments)
+        return
+    if backend == "torch":
+        torch.testing.assert_close(fastgpt.attention(q, k, v, backend="torch", **arguments), expected[0])
+        return
+    out, lse = fastgpt.attention(q, k, v, return_lse=True, backend=backend, **arguments)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_softmax_scale_reaches_the_kernels(backend):
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    out = fastgpt.attention(q, k, v, softmax_scale=0.7, backend=backend)
+    torch.testing.assert_close(out, plain_attention(q, k, v, True, (-1, -1), scale=0.7)[0])
+
+
+def test_torch_backend_keeps_an_fp32_bias_for_16_bit_tensors():
+    q, k, v = (torch.randn(1, 16, 2, 8).bfloat16() for _ in range(3))
+    bias = 300 + 5 * torch.randn(1, 1, 16, 16)  # bf16 would round it by up to 1
+    out = fastgpt.attention(q, k, v, attn_bias=bias, backend="torch")
+    exact = plain_attention(q.double(), k.double(), v.double(), True, (-1, -1), bias=bias)[0]
+    assert (out.double() - exact).abs().max() < 0.05
+
+
 def test_reference_gradient_is_the_derivative():
     q = torch.randn(2, 5, 4, 8, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, 7, 2, 8, dtype=torch.float64, requires_grad=True)
@@ -153,16 +255,18 @@ def test_varlen_equals_each_sequence_alone(backend):
         with pytest.raises(fastgpt.BackendUnsupported, match="varlen"):
             fastgpt.attention_varlen(q, k, v, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1], backend=backend)
         return
-    sink, dout = torch.randn(4), torch.randn(sum(lengths_q), 4, 8)
+    sink, dout, slopes = torch.randn(4), torch.randn(sum(lengths_q), 4, 8), torch.rand(4, 4)
     options = {"sink": sink, "window_size": (9, 0), "backend": backend, "return_lse": True}
-    out, lse = fastgpt.attention_varlen(q, k, v, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1], **options)
+    out, lse = fastgpt.attention_varlen(
+        q, k, v, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1], alibi_slopes=slopes, **options
+    )
     grads = torch.autograd.grad(out, (q, k, v), dout)
     pieces = zip(
         q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), dout.split(lengths_q), strict=True
     )
     outs, lses, piece_grads = [], [], []
-    for qb, kb, vb, doutb in pieces:
-        o, s = fastgpt.attention(qb[None], kb[None], vb[None], **options)
+    for b, (qb, kb, vb, doutb) in enumerate(pieces):
+        o, s = fastgpt.attention(qb[None], kb[None], vb[None], alibi_slopes=slopes[b], **options)
         outs.append(o[0])
         lses.append(s[0])
         piece_grads.append(torch.autograd.grad(o, (qb, kb, vb), doutb[None]))
@@ -170,6 +274,27 @@ def test_varlen_equals_each_sequence_alone(backend):
     torch.testing.assert_close(lse, torch.cat(lses, dim=1))
     for whole, parts in zip(grads, zip(*piece_grads, strict=True), strict=True):
         torch.testing.assert_close(whole, torch.cat(parts))
+
+
+def test_varlen_dropout_counts_the_sequence_as_the_batch():
+    q, state = torch.randn(3 * 8, 2, 16), torch.tensor([7, 1])
+    edges = torch.tensor([0, 8, 16, 24], dtype=torch.int32)
+    options = {"dropout_p": 0.5, "rng_state": state, "backend": "reference"}
+    packed = fastgpt.attention_varlen(q, q, q, cu_seqlens_q=edges, cu_seqlens_k=edges, **options)
+    dense = q.view(3, 8, 2, 16)
+    torch.testing.assert_close(packed.view(3, 8, 2, 16), fastgpt.attention(dense, dense, dense, **options))
+
+
+def test_forward_mode_is_refused():
+    import torch.autograd.forward_ad as forward_ad
+
+    q = torch.randn(1, 20, 2, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward"):
+            fastgpt.attention(dual, q, q, backend="reference")
+        with pytest.raises(NotImplementedError, match="forward"):
+            fastgpt.rms_norm(dual, backend="reference")
 
 
 def test_philox_matches_the_published_vectors():
@@ -270,8 +395,9 @@ def test_several_python_threads_at_once(backend):
 
 @pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "torch"])
 def test_large_scores_do_not_overflow(backend):
-    q, k = 100 * torch.randn(1, 40, 2, 32), 100 * torch.randn(1, 40, 2, 32)
-    v = torch.randn(1, 40, 2, 32)
+    # Scores of hundreds, where exp(88) is infinite; many rows, for the largest error to be typical.
+    q, k = 12 * torch.randn(2, 300, 4, 32), 12 * torch.randn(2, 300, 4, 32)
+    v = torch.randn(2, 300, 4, 32)
     out, lse = fastgpt.attention(q, k, v, return_lse=True, backend=backend)
     plain = plain_attention(q, k, v, True, (-1, -1))
     exact = plain_attention(q.double(), k.double(), v.double(), True, (-1, -1))
@@ -445,6 +571,23 @@ BAD_INPUT = {
     "window's type": (lambda: fastgpt.attention(*tensors(), window_size=5), TypeError, "window_size: got 5"),
     "causal's type": (lambda: fastgpt.attention(*tensors(), causal=None), TypeError, "causal: got None"),
     "softcap": (lambda: fastgpt.attention(*tensors(), softcap=-1.0), ValueError, "softcap: got -1"),
+    "softcap's type": (lambda: fastgpt.attention(*tensors(), softcap="1"), TypeError, "softcap: got str"),
+    "dropout's type": (
+        lambda: fastgpt.attention(*tensors(), dropout_p=None),
+        TypeError,
+        "dropout_p: got NoneType",
+    ),
+    "sink's type": (lambda: fastgpt.attention(*tensors(), sink=[1.0]), TypeError, "sink: got list"),
+    "slopes' gradient": (
+        lambda: fastgpt.attention(*tensors(), alibi_slopes=torch.rand(4, requires_grad=True)),
+        ValueError,
+        "alibi_slopes: got requires_grad=True",
+    ),
+    "backend's type": (
+        lambda: fastgpt.attention(*tensors(), backend=["cpu"]),
+        TypeError,
+        "backend: got .'cpu'",
+    ),
     "dropout": (lambda: fastgpt.attention(*tensors(), dropout_p=1.0), ValueError, "dropout_p: got 1.0"),
     "sink": (
         lambda: fastgpt.attention(*tensors(), sink=torch.randn(3)),

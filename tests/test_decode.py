@@ -226,6 +226,12 @@ BAD_INPUT = {
         TypeError,
         "v_cache: got dtype torch.float16",
     ),
+    "one place for two": (
+        {"k_cache": torch.zeros(1, 20, 2, 8).expand(2, -1, -1, -1)},
+        ValueError,
+        "k_cache: got strides .*expected no 0",
+    ),
+    "int beyond int32": ({"cache_seqlens": 2**31}, ValueError, "cache_seqlens: got 2147483648"),
     "splits": ({"num_splits": -1}, ValueError, "num_splits: got -1"),
     "splits' type": ({"num_splits": 1.5}, TypeError, "num_splits: got 1.5"),
     "scale": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale: got nan"),
@@ -243,5 +249,43 @@ def test_bad_input_writes_nothing(name):
 def test_bad_cache_sizes():
     with pytest.raises(ValueError, match="capacity: got 0"):
         fastgpt.KVCache(1, 1, 0, 1, 8)
+    with pytest.raises(ValueError, match="headdim_v: got 0"):
+        fastgpt.KVCache(1, 1, 8, 1, 8, headdim_v=0)
+    with pytest.raises(ValueError, match=r"batch: got 1\.5"):
+        fastgpt.KVCache(1, 1.5, 8, 1, 8)
+    with pytest.raises(TypeError, match=r"dtype: got torch.int8"):
+        fastgpt.KVCache(1, 1, 8, 1, 8, dtype=torch.int8)
+    cache = fastgpt.KVCache(1, 1, 8, 1, 8)
     with pytest.raises(ValueError, match="tokens: got 9, expected 0 to 8"):
-        fastgpt.KVCache(1, 1, 8, 1, 8).truncate(9)
+        cache.truncate(9)
+    cache.advance(5)
+    for tokens in (4, -1):
+        with pytest.raises(ValueError, match=f"tokens: got {tokens}, expected 0 to 3"):
+            cache.advance(tokens)
+    x = torch.randn(1, 1, 1, 8)
+    for layer in (1, -1):
+        with pytest.raises(ValueError, match=f"layer: got {layer}, expected 0 to 0"):
+            cache.attend(layer, x, x, x)
+
+
+def test_a_cache_passes_its_options_on():
+    cache = fastgpt.KVCache(1, 1, 50, 2, 8)
+    q, k, v = torch.randn(1, 40, 4, 8), torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8)
+    out = cache.attend(0, q, k, v, window_size=(7, 0), softmax_scale=0.9)
+    expected = fastgpt.attention(q, k, v, window_size=(7, 0), softmax_scale=0.9, backend="reference")
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_autograd_sees_that_the_cache_has_changed(backend):
+    q, k_cache, v_cache, k, v, lengths = make(GOOD, torch.float32, fill=0)
+    w = torch.randn(8, requires_grad=True)
+    loss = (w * k_cache).sum()
+    with torch.no_grad():
+        fastgpt.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        fastgpt.attention_with_kvcache(
+            *(t.clone() for t in (q, k_cache, v_cache, k, v)), cache_seqlens=lengths, backend=backend
+        )

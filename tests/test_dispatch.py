@@ -14,7 +14,6 @@ from test_structure import PACKAGE, python
 
 import fastgpt
 from fastgpt import dispatch
-from fastgpt.ops.attention import api
 from fastgpt.ops.attention.spec import AttentionCall
 
 Q = torch.zeros(1, 4, 2, 8)
@@ -71,7 +70,6 @@ def test_the_argument_goes_before_the_environment(monkeypatch):
 
 def test_a_passed_over_backend_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_said", set())
-    api._resolve.cache_clear()
     with caplog.at_level(logging.DEBUG, logger="fastgpt"):
         for dtype in (torch.float64, torch.float64):
             dispatch.resolve(call(dtype=dtype), "auto")

@@ -20,6 +20,28 @@ def concrete(size: int) -> int:
     return len(range(size))
 
 
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a call has to pass through autograd; forward mode is refused there, not dropped."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_optional(name: str, value: object, axes: str) -> None:
+    """A tensor or None; a TypeError if not."""
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor {axes} or None")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> float:
+    """A number with low <= value < high; a TypeError or ValueError if not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a float")
+    if not low <= value < high:
+        raise ValueError(f"{name}: got {value}, expected {low:g} <= {name} < {high:g}")
+    return float(value)
+
+
 def check_tensor(name: str, value: object, ndim: int, axes: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor {axes}")
@@ -85,7 +107,7 @@ def check_scale(softmax_scale: float | None, headdim: int) -> float:
 
 
 def check_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """(left, right), with causal folded in: right = 0."""
+    """(left, right), with causal folded in: right = 0, whatever was given."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal: got {causal!r}, expected True or False")
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:

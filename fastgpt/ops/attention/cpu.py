@@ -8,30 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.dispatch import native_dtype
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
+from fastgpt.ops.native import DTYPES, pass_tensor, refusals
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEADDIM = 256
 FEATURES = ("window", "lse", "backward")
 
 
 def unsupported(call: AttentionCall) -> list[str]:
-    reasons = []
-    if call.device != "cpu":
-        reasons.append(f"the tensors are on {call.device}, not on the CPU")
-    if call.dtype not in DTYPES:
-        reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
-    if max(call.headdim, call.headdim_v) > MAX_HEADDIM:
-        reasons.append(f"headdim {max(call.headdim, call.headdim_v)} is above {MAX_HEADDIM}")
-    reasons += [
-        f"{name} is not written for the CPU kernels yet" for name in call.features if name not in FEATURES
+    missing = [name for name in call.features if name not in FEATURES]
+    return refusals(call.device, call.dtype, max(call.headdim, call.headdim_v)) + [
+        f"{name} is not written for the CPU kernels yet" for name in missing
     ]
-    return reasons
-
-
-def _tensor(t: Tensor) -> tuple[int, ...]:
-    return (t.data_ptr(), *t.stride()[:3])
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -48,12 +35,12 @@ def forward(
     out = q.new_empty(batch, seqlen_q, nheads, v.shape[3])
     lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32)
     _cpu.attention_forward(
-        native_dtype(q.dtype),
+        DTYPES[q.dtype],
         _sizes(q, k, v),
-        _tensor(q),
-        _tensor(k),
-        _tensor(v),
-        _tensor(out),
+        pass_tensor(q),
+        pass_tensor(k),
+        pass_tensor(v),
+        pass_tensor(out),
         lse.data_ptr(),
         spec.softmax_scale,
         spec.window_left,
@@ -78,18 +65,18 @@ def backward(
 
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
     _cpu.attention_backward(
-        native_dtype(q.dtype),
+        DTYPES[q.dtype],
         _sizes(q, k, v),
-        _tensor(q),
-        _tensor(k),
-        _tensor(v),
-        _tensor(out),
+        pass_tensor(q),
+        pass_tensor(k),
+        pass_tensor(v),
+        pass_tensor(out),
         lse.data_ptr(),
-        _tensor(dout),
+        pass_tensor(dout),
         0 if dlse is None else dlse.data_ptr(),
-        _tensor(dq),
-        _tensor(dk),
-        _tensor(dv),
+        pass_tensor(dq),
+        pass_tensor(dk),
+        pass_tensor(dv),
         spec.softmax_scale,
         spec.window_left,
         spec.window_right,

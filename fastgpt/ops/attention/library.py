@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
+from fastgpt.ops.checks import needs_autograd
 
 _OPTIONAL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sink, "
@@ -55,8 +56,21 @@ def pack(spec: AttentionSpec, tensors: AttentionTensors, backend: str) -> tuple[
     return (*tensors, *spec[: _SCALARS - 1], backend)
 
 
+def _check_edges(name: str, edges: Tensor, total: int) -> None:
+    # Here and not in api.py, where torch.compile would have to trace the values. On a GPU they are not
+    # read: that would stall it.
+    if edges.device.type != "cpu":
+        return
+    values = edges.tolist()
+    if values[0] != 0 or values[-1] != total or sorted(values) != values:
+        raise ValueError(f"{name}: got {values}, expected 0 rising to {total}, the number of tokens")
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     spec, tensors, backend = _unpack(args)
+    if tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None:
+        _check_edges("cu_seqlens_q", tensors.cu_seqlens_q, q.shape[0])
+        _check_edges("cu_seqlens_k", tensors.cu_seqlens_k, k.shape[0])
     out, lse = dispatch.implementation("attention", backend).forward(q, k, v, spec, tensors)
     return out.contiguous(), lse.contiguous()
 
@@ -147,8 +161,7 @@ def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    tensors = (a for a in args if isinstance(a, Tensor))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if needs_autograd(*(a for a in args if isinstance(a, Tensor))):
         return Attention.apply(*args)
     return _below_autograd(*args)
 

@@ -56,7 +56,8 @@ def scaled_dot_product_attention(
     """out, in q's layout and dtype."""
     sq, sk = q.shape[1], k.shape[1]
     bias = tensors.attn_bias
-    if bias is not None and bias.dtype != torch.bool:
+    # On the CPU an fp32 bias is taken as it is; elsewhere the fused kernels want q's dtype.
+    if bias is not None and bias.dtype != torch.bool and not (bias.dtype == torch.float32 and q.is_cpu):
         bias = bias.to(q.dtype)
     plain_causal = spec.window_left < 0 and spec.window_right == 0 and sq == sk and bias is None
     one_query = spec.window_left < 0 and spec.window_right == 0 and sq == 1  # it sees every key

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,16 +13,6 @@ from fastgpt.ops.decode.spec import DecodeCall
 MAX_SPLITS = 1024
 
 
-@functools.cache
-def _resolve(asked: str, *metadata: Any) -> str:
-    return dispatch.resolve(DecodeCall(*metadata), asked)
-
-
-@dispatch.traced_as_constant
-def _backend(asked: str, *metadata: Any) -> str:
-    return _resolve(asked, *metadata)
-
-
 def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     if (k is None) != (v is None):
         raise ValueError(f"{'k' if k is None else 'v'}: got None, expected k and v together or neither")
@@ -34,6 +21,11 @@ def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, k_cache: Tensor, v
     checks.check_qkv(q, k, v, packed=False)
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (q.shape[0], k.shape[1], *cache.shape[2:])
+        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+            raise ValueError(
+                f"{name}_cache: got strides {cache.stride()}, expected no 0, "
+                "which writes several keys to one place"
+            )
         if new.shape != expected:
             raise ValueError(f"{name}: got shape {tuple(new.shape)}, expected {expected} to fit the cache")
     if k.shape[1] > k_cache.shape[1]:
@@ -42,6 +34,8 @@ def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, k_cache: Tensor, v
 
 def _lengths(cache_seqlens: Tensor | int, q: Tensor) -> Tensor:
     if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        if not 0 <= cache_seqlens <= checks.INT32_MAX:
+            raise ValueError(f"cache_seqlens: got {cache_seqlens}, expected 0 to the cache's capacity")
         return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     if not isinstance(cache_seqlens, Tensor):
         kind = type(cache_seqlens).__name__
@@ -122,9 +116,9 @@ def attention_with_kvcache(
     asked = dispatch.requested(backend)
     features = (("window",) if left >= 0 or right > 0 else ()) + (("lse",) if return_lse else ())
     headdims = checks.concrete(q.shape[-1]), checks.concrete(v_cache.shape[-1])
-    name = _backend(asked, q.device.type, q.dtype, *headdims, features)
+    name = dispatch.choose(asked, DecodeCall, q.device.type, q.dtype, *headdims, features)
     if name == "reference":
-        dispatch.warn_if_slow(asked, "decode", q.numel() // q.shape[-1] * k_cache.shape[1])
+        dispatch.warn_if_slow(asked, "decode", q.numel() // q.shape[-1] * k_cache.shape[1], stacklevel=3)
     out, lse = torch.ops.fastgpt.attention_kvcache.default(
         q, k_cache, v_cache, k, v, lengths, scale, left, right, num_splits, name
     )

@@ -5,29 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.dispatch import native_dtype
 from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEADDIM = 256
+from fastgpt.ops.native import DTYPES, pass_tensor, refusals
 
 
 def unsupported(call: DecodeCall) -> list[str]:
-    reasons = []
-    if call.device != "cpu":
-        reasons.append(f"the tensors are on {call.device}, not on the CPU")
-    if call.dtype not in DTYPES:
-        reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
-    if max(call.headdim, call.headdim_v) > MAX_HEADDIM:
-        reasons.append(f"headdim {max(call.headdim, call.headdim_v)} is above {MAX_HEADDIM}")
-    return reasons
-
-
-def _tensor(t: Tensor) -> tuple[int, ...]:
-    return (t.data_ptr(), *t.stride()[:3])
-
-
-NO_TENSOR = (0, 0, 0, 0)
+    return refusals(call.device, call.dtype, max(call.headdim, call.headdim_v))
 
 
 def forward(
@@ -45,21 +28,24 @@ def forward(
     out = q.new_empty(batch, seqlen_q, nheads, headdim_v)
     lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32)
     _cpu.decode(
-        native_dtype(q.dtype),
+        DTYPES[q.dtype],
         (batch, seqlen_q, capacity, nheads, nheads_k, headdim, headdim_v),
-        _tensor(q),
-        _tensor(k_cache),
-        _tensor(v_cache),
-        _tensor(out),
+        pass_tensor(q),
+        pass_tensor(k_cache),
+        pass_tensor(v_cache),
+        pass_tensor(out),
         lse.data_ptr(),
         cache_seqlens.data_ptr(),
         0 if k is None else k.shape[1],
-        NO_TENSOR if k is None else _tensor(k),
-        NO_TENSOR if v is None else _tensor(v),
+        pass_tensor(k),
+        pass_tensor(v),
         spec.softmax_scale,
         spec.window_left,
         spec.window_right,
         spec.num_splits,
         torch.get_num_threads(),
     )
+    if k is not None and not k_cache.is_inference():
+        # autograd must see that a cache it may have saved has changed
+        torch.autograd.graph.increment_version((k_cache, v_cache))
     return out, lse

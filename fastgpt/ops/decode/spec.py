@@ -28,7 +28,7 @@ class DecodeCall(NamedTuple):
     dtype: torch.dtype
     headdim: int
     headdim_v: int
-    features: tuple[str, ...]  # what the call asks for beyond a plain cache: "window", "append", "lse"
+    features: tuple[str, ...]  # what the call asks for beyond plain attention: "window", "lse"
     op: str = "decode"
 
     def describe(self) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import FLOATING, shape_of
+from fastgpt.ops.checks import FLOATING, needs_autograd, shape_of
 from fastgpt.ops.norm import library
 from fastgpt.ops.norm.spec import FEATURES, NormCall, NormSpec
 from fastgpt.ops.norm.torch import composite
@@ -59,16 +57,6 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps: got {eps}, expected a finite number that is not negative")
 
 
-@functools.cache
-def _resolve(asked: str, *metadata: Any) -> str:
-    return dispatch.resolve(NormCall(*metadata), asked)
-
-
-@dispatch.traced_as_constant
-def _backend(asked: str, *metadata: Any) -> str:
-    return _resolve(asked, *metadata)
-
-
 def _run(
     x: Tensor,
     weight: Tensor | None,
@@ -92,7 +80,7 @@ def _run(
         raise TypeError(f"prenorm: got {prenorm!r}, expected True or False")
 
     inputs = (x, residual, weight, bias)
-    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    backward = needs_autograd(*inputs)
     parameter = weight if weight is not None else bias
     uses = (
         spec.rms,
@@ -104,12 +92,12 @@ def _run(
     )
     features = tuple(name for name, used in zip(FEATURES, uses, strict=True) if used)
     asked = dispatch.requested(backend)
-    name = _backend(asked, x.device.type, x.dtype, features)
+    name = dispatch.choose(asked, NormCall, x.device.type, x.dtype, features)
     if name == "torch":
         out, residual_out = composite(*inputs, spec)
         return (out, residual_out) if prenorm else out
     if name == "reference":
-        dispatch.warn_if_slow(asked, "norm", x.numel())
+        dispatch.warn_if_slow(asked, "norm", x.numel(), stacklevel=4)
     out, residual_out, _, _ = library.run(backward, *inputs, prenorm or backward, *spec, name)
     if prenorm:
         return out, x if residual is None else residual_out

@@ -8,23 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.dispatch import native_dtype
+from fastgpt.ops.native import DTYPES, refusals
 from fastgpt.ops.norm.spec import NormCall, NormSpec
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "backward")
 
 
 def unsupported(call: NormCall) -> list[str]:
-    reasons = []
-    if call.device != "cpu":
-        reasons.append(f"the tensors are on {call.device}, not on the CPU")
-    if call.dtype not in DTYPES:
-        reasons.append(f"dtype {call.dtype} is not float32, bfloat16 or float16")
-    reasons += [
-        f"{name} is not written for the CPU kernels yet" for name in call.features if name not in FEATURES
-    ]
-    return reasons
+    return refusals(call.device, call.dtype)
 
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:
@@ -60,8 +49,8 @@ def forward(
     x, x_stride = _rows(x)
     residual, residual_stride = (None, 0) if residual is None else _rows(residual)
     _cpu.norm_forward(
-        native_dtype(x.dtype),
-        native_dtype(x.dtype if parameter is None else parameter.dtype),
+        DTYPES[x.dtype],
+        DTYPES[x.dtype if parameter is None else parameter.dtype],
         rows,
         hidden,
         x.data_ptr(),
@@ -100,8 +89,8 @@ def backward(
     dout, dout_stride = _rows(dout)
     dresidual_out, dresidual_stride = (None, 0) if dresidual_out is None else _rows(dresidual_out)
     _cpu.norm_backward(
-        native_dtype(z.dtype),
-        native_dtype(z.dtype if parameter is None else parameter.dtype),
+        DTYPES[z.dtype],
+        DTYPES[z.dtype if parameter is None else parameter.dtype],
         rstd.numel(),
         z.shape[-1],
         dout.data_ptr(),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
+from fastgpt.ops.checks import needs_autograd
 from fastgpt.ops.norm.spec import NormSpec
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -154,8 +155,7 @@ def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (a for a in args if isinstance(a, Tensor))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if needs_autograd(*(a for a in args if isinstance(a, Tensor))):
         return Norm.apply(*args)
     return _below_autograd(*args)
 

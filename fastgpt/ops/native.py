@@ -1,0 +1,27 @@
+"""What the ops' CPU backends share: how a tensor is passed to ``fastgpt._cpu``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/include/fastgpt/params.h
+MAX_HEADDIM = 256
+NO_TENSOR = (0, 0, 0, 0)
+
+
+def refusals(device: str, dtype: torch.dtype, headdim: int = 1) -> list[str]:
+    """Why the native kernels cannot take such tensors."""
+    reasons = []
+    if device != "cpu":
+        reasons.append(f"the tensors are on {device}, not on the CPU")
+    if dtype not in DTYPES:
+        reasons.append(f"dtype {dtype} is not float32, bfloat16 or float16")
+    if headdim > MAX_HEADDIM:
+        reasons.append(f"headdim {headdim} is above {MAX_HEADDIM}")
+    return reasons
+
+
+def pass_tensor(t: Tensor | None) -> tuple[int, ...]:
+    """Pointer; batch, seq and head stride of a (batch, seq, head, dim) tensor."""
+    return NO_TENSOR if t is None else (t.data_ptr(), *t.stride()[:3])
