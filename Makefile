@@ -34,6 +34,7 @@ test: $(VENV)/.stamp-dev
 # builds one wheel without torch, installs it beside torch TORCH and runs the kernels' tests.
 test-torch:
 	rm -rf build/torch-$(TORCH) && $(PYTHON) -m venv build/torch-$(TORCH)
+	rm -rf build/wheels
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheels .
 	build/torch-$(TORCH)/bin/pip install --quiet --disable-pip-version-check "torch==$(TORCH)" numpy pytest hypothesis
 	build/torch-$(TORCH)/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheels/fastgpt_kernels-*.whl

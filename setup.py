@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,7 +29,7 @@ def build_native() -> bool:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         build_dir.mkdir(parents=True, exist_ok=True)
         import pybind11
 
@@ -41,6 +42,8 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
+            # CMake reads it at the first configuration only.
+            f"-DCMAKE_CXX_FLAGS={os.environ.get('CXXFLAGS', '')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
@@ -54,7 +57,7 @@ class CMakeBuild(build_ext):
             subprocess.run(["cmake", "--build", str(build_dir)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(
-                f"fastgpt: building the native CPU module failed ({error}). It needs a C++17 compiler; "
+                f"fastgpt: building the native CPU module failed ({error}). It needs GCC 11 or later; "
                 "FASTGPT_BUILD=0 installs the Python part alone, which runs on the 'torch' and "
                 "'reference' backends."
             ) from error

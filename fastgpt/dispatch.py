@@ -146,6 +146,8 @@ def resolve(call: Call, name: str) -> str:
         refused[candidate] = _reasons(call, candidate)
         if not refused[candidate]:
             return candidate
+        if any("FASTGPT_CPU_ISA" in reason for reason in refused[candidate]):
+            raise BackendUnsupported("; ".join(refused[candidate]))  # asked for, so not passed over
         _say_once(logging.DEBUG, f"{call.op}: {candidate} passed over: {'; '.join(refused[candidate])}")
     listed = "\n".join(f"  - {name}: {reason}" for name, reasons in refused.items() for reason in reasons)
     raise BackendUnsupported(f"no backend can serve {call.describe()}:\n{listed}")

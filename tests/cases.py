@@ -119,6 +119,8 @@ DECODE = [
     DecodeCase(1, 1, 900, (800, 30), 6, 2, 64, 64, num_splits=1),
     DecodeCase(1, 1, 900, (800, 30), 6, 2, 64, 64, num_splits=7),
     DecodeCase(1, 1, 900, (800, 3), 6, 2, 64, 64, num_splits=1000),
+    DecodeCase(1, 1, 32, (5, 3), 2, 1, 8, 8, num_splits=4),  # the shorter sequence has more parts
+    DecodeCase(1, 0, 32, (9, 8), 2, 1, 8, 8, num_splits=4),
     DecodeCase(60, 60, 200, (0, 130), 4, 2, 64, 64),  # prefill, and a chunk behind others
     DecodeCase(40, 40, 400, (350, 1), 2, 1, 48, 24, window=(25, 0)),
 ]

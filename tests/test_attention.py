@@ -414,6 +414,14 @@ def test_nan_input_gives_nan_only_where_it_is_seen(backend):
     assert not out[0, :60].isnan().any() and not out[0, :, 0].isnan().any()
 
 
+@pytest.mark.parametrize("sq", [1, 40])
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "torch"])
+def test_nan_queries_give_nan(backend, sq):
+    q, k, v = torch.full((1, sq, 2, 32), torch.nan), torch.randn(1, 40, 2, 32), torch.randn(1, 40, 2, 32)
+    out, lse = fastgpt.attention(q, k, v, return_lse=True, backend=backend)
+    assert out.isnan().all() and lse.isnan().all()
+
+
 @pytest.mark.parametrize("backend", KERNELS_CPU)
 def test_no_quadratic_memory(backend):
     """65,536 queries and keys: a (sq, sk) buffer of bytes alone would be 4 GiB."""
@@ -487,8 +495,50 @@ def test_inference_mode():
 
 def test_second_derivative_is_refused():
     q = torch.randn(1, 20, 2, 8, requires_grad=True)
+    (dq,) = torch.autograd.grad(fastgpt.attention(q, q, q).sum(), q, create_graph=True)
+    (expected,) = torch.autograd.grad(fastgpt.attention(q, q, q).sum(), q)
+    assert torch.equal(dq, expected)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(fastgpt.attention(q, q, q).sum(), q, create_graph=True)
+        dq.sum().backward()
+
+
+def test_torch_func_grad():
+    q = torch.randn(1, 20, 2, 8)
+
+    def loss(q):
+        return fastgpt.attention(q, q, q).square().sum()
+
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(q), expected)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_autocast_does_not_change_the_precision(backend):
+    """The dtype that a call is given rules, whichever backend serves it."""
+    q, k, v = (torch.randn(1, 40, 2, 16, requires_grad=True) for _ in range(3))
+    expected = fastgpt.attention(q, k, v, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fastgpt.attention(q, k, v, backend=backend)
+        norm = fastgpt.layer_norm(q, backend=backend)
+        with torch.no_grad():
+            step = fastgpt.attention_with_kvcache(q, k, v, cache_seqlens=40, backend=backend)
+    for got in (out, step):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(norm, torch.nn.functional.layer_norm(q, (16,)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_backward_takes_out_and_lse_in_any_layout(backend):
+    q, k, v, dout = (torch.randn(2, 30, 3, 16) for _ in range(4))
+    args = library.pack(AttentionSpec(0.25, -1, 0), AttentionTensors(), backend)
+    out, lse = torch.ops.fastgpt.attention_fwd(q, k, v, *args)
+    expected = torch.ops.fastgpt.attention_bwd(dout, None, q, k, v, out, lse, *args)
+    out, lse, dout = (t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in (out, lse, dout))
+    got = torch.ops.fastgpt.attention_bwd(dout, None, q, k, v, out, lse, *args)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 Q, KV = (2, 6, 4, 8), (2, 9, 2, 8)

@@ -135,6 +135,14 @@ def test_an_unknown_instruction_set_is_an_error():
     )  # an ImportError, not an illegal instruction
 
 
+def test_an_instruction_set_that_is_asked_for_is_never_passed_over():
+    result = python(
+        "import torch, fastgpt\nq = torch.zeros(1, 4, 2, 8)\nfastgpt.attention(q, q, q)",
+        FASTGPT_CPU_ISA="amx",
+    )
+    assert "BackendUnsupported: FASTGPT_CPU_ISA: got 'amx'" in result.stderr
+
+
 def test_openmp_is_torchs_own():
     """No second OpenMP runtime in the process, and none asked for by the module."""
     code = (

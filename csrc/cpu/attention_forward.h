@@ -140,10 +140,10 @@ struct AttentionForward {
     for (int64_t r = 0; r < rows; r++) {
       const RowState& s = state[r / kTileRows];
       float m = s.m[r % kTileRows], l = horizontal_sum(load(s.l[r % kTileRows]));
-      float inverse = m == -kInf ? 0.0f : 1.0f / l;
+      float inverse = l == 0.0f ? 0.0f : 1.0f / l;
       for (int64_t d = 0; d < p.headdim_v; d += kLanes)
         store_upto(out[first_query + r] + d, load(o + r * v_width + d) * inverse, p.headdim_v - d);
-      lse[r] = m == -kInf ? -kInf : (m + __builtin_log2f(l)) * kLn2;
+      lse[r] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;
     }
   }
 };

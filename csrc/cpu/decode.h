@@ -117,8 +117,9 @@ struct Decode {
   const DecodeParams& p;
   int64_t group = p.nheads / p.nheads_k, rows = group * p.seqlen_q;
   int64_t width = round_up(p.headdim, kLanes), width_v = round_up(p.headdim_v, kLanes);
-  int64_t part_keys_max = p.num_splits ? (p.seqlen_k + p.num_splits - 1) / p.num_splits : kSplitKeys;
-  int64_t parts_max = p.seqlen_k ? (p.seqlen_k + part_keys_max - 1) / part_keys_max : 1;
+  // Of any sequence: a shorter one may be cut into more parts than the longest is.
+  int64_t parts_max =
+      p.num_splits ? min(p.num_splits, p.seqlen_k) : (p.seqlen_k + kSplitKeys - 1) / kSplitKeys;
   // One part's state: acc (rows, width_v), m (rows), l (rows).
   int64_t state_size = rows * width_v + 2 * round_up(rows, kLanes);
   int64_t thread_size = round_up(rows * width + rows * kDecodeBlock, 16);
@@ -264,15 +265,16 @@ struct Decode {
       float* acc = head_states + r * width_v;  // the first part's, into which the others are added
       for (int64_t s = 0; s < count; s++) {
         float* state = head_states + s * state_size;
-        float weight = m == -kInf ? 0.0f : exp2(splat(state[rows * width_v + r] - m))[0];
+        // Without a maximum the sums are 0, or NaN, which has to come through.
+        float weight = m == -kInf ? 1.0f : exp2(splat(state[rows * width_v + r] - m))[0];
         l += weight * state[rows * width_v + round_up(rows, kLanes) + r];
         for (int64_t d = 0; d < width_v; d += kLanes)
           store(acc + d, load(state + r * width_v + d) * weight + (s ? load(acc + d) : vf{}));
       }
-      float inverse = m == -kInf ? 0.0f : 1.0f / l;
+      float inverse = 1.0f / l;
       for (int64_t d = 0; d < p.headdim_v; d += kLanes)
-        store_upto(out + d, m == -kInf ? vf{} : load(acc + d) * inverse, p.headdim_v - d);
-      p.lse[(b * p.nheads + h) * p.seqlen_q + i] = m == -kInf ? -kInf : (m + __builtin_log2f(l)) * kLn2;
+        store_upto(out + d, l == 0.0f ? vf{} : load(acc + d) * inverse, p.headdim_v - d);
+      p.lse[(b * p.nheads + h) * p.seqlen_q + i] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;
     }
   }
 };

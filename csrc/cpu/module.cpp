@@ -24,16 +24,22 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
+struct Buffer {
+  float* data = nullptr;
+  int64_t size = 0;
+  void free() {
+    std::free(data);
+    data = nullptr;
+    size = 0;
+  }
+  ~Buffer() { free(); }
+};
+static thread_local Buffer scratch_buffer;
+
 float* scratch(int64_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  static thread_local Buffer buffer;
+  Buffer& buffer = scratch_buffer;
   if (buffer.size < floats) {
-    std::free(buffer.data);
-    buffer.size = 0;
+    buffer.free();
     int64_t rounded = (floats + 15) / 16 * 16;
     buffer.data = static_cast<float*>(std::aligned_alloc(64, rounded * sizeof(float)));
     if (!buffer.data) throw std::bad_alloc();
@@ -41,6 +47,15 @@ float* scratch(int64_t floats) {
   }
   return buffer.data;
 }
+
+// What a kernel runs in: without the GIL, and large scratch memory returned at the end. Up to 64 MiB is
+// kept, for getting it anew costs as much as a small call.
+struct KernelScope {
+  py::gil_scoped_release release;
+  ~KernelScope() {
+    if (scratch_buffer.size > (64 << 20) / static_cast<int64_t>(sizeof(float))) scratch_buffer.free();
+  }
+};
 
 namespace {
 
@@ -124,7 +139,7 @@ PYBIND11_MODULE(_cpu, m) {
         AttentionParams p;
         set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right,
                       num_threads);
-        py::gil_scoped_release release;
+        KernelScope scope;
         kernels->attention_forward(p);
       },
       py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
@@ -145,7 +160,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.dq = tensor(dq);
         p.dk = tensor(dk);
         p.dv = tensor(dv);
-        py::gil_scoped_release release;
+        KernelScope scope;
         kernels->attention_backward(p);
       },
       py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
@@ -173,7 +188,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.k_new = tensor(k_new);
         p.v_new = tensor(v_new);
         p.num_splits = num_splits;
-        py::gil_scoped_release release;
+        KernelScope scope;
         kernels->decode(p);
       },
       py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
@@ -203,7 +218,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.mean = pointer<float>(mean);
         p.rstd = pointer<float>(rstd);
         p.num_threads = num_threads;
-        py::gil_scoped_release release;
+        KernelScope scope;
         kernels->norm_forward(p);
       },
       py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("x"),
@@ -235,7 +250,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.dweight = pointer<void>(dweight);
         p.dbias = pointer<void>(dbias);
         p.num_threads = num_threads;
-        py::gil_scoped_release release;
+        KernelScope scope;
         kernels->norm_backward(p);
       },
       py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("dout"),

@@ -176,16 +176,16 @@ struct MakeLanes<0, I...> {
 
 template <int... I>
 FASTGPT_INLINE vf interleave_low(vf a, vf b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, (I % 2 * kLanes + I / 2)...);
+  return __builtin_shuffle(a, b, vi{(I % 2 * kLanes + I / 2)...});
 }
 template <int... I>
 FASTGPT_INLINE vf interleave_high(vf a, vf b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, (I % 2 * kLanes + kLanes / 2 + I / 2)...);
+  return __builtin_shuffle(a, b, vi{(I % 2 * kLanes + kLanes / 2 + I / 2)...});
 }
 
 template <int kDistance, int... I>
 FASTGPT_INLINE vf add_lanes(vf x, Lanes<I...>) {
-  return x + __builtin_shufflevector(x, x, (I ^ kDistance)...);
+  return x + __builtin_shuffle(x, vi{(I ^ kDistance)...});
 }
 
 FASTGPT_INLINE float horizontal_sum(vf x) {

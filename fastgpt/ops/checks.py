@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,14 @@ def shape_of(t: Tensor) -> str:
 def concrete(size: int) -> int:
     """``size`` itself; torch.compile specialises on it, where int() would leave it symbolic."""
     return len(range(size))
+
+
+def own_precision(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where torch.autocast is off: an op computes in the dtype it was given, whatever serves it."""
+    kind = t.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:

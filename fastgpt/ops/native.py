@@ -10,8 +10,10 @@ MAX_HEADDIM = 256
 NO_TENSOR = (0, 0, 0, 0)
 
 
-def refusals(device: str, dtype: torch.dtype, headdim: int = 1) -> list[str]:
-    """Why the native kernels cannot take such tensors."""
+def refusals(
+    device: str, dtype: torch.dtype, features: tuple[str, ...], supported: tuple[str, ...], headdim: int = 1
+) -> list[str]:
+    """Why native kernels that have the ``supported`` features cannot serve a call."""
     reasons = []
     if device != "cpu":
         reasons.append(f"the tensors are on {device}, not on the CPU")
@@ -19,7 +21,8 @@ def refusals(device: str, dtype: torch.dtype, headdim: int = 1) -> list[str]:
         reasons.append(f"dtype {dtype} is not float32, bfloat16 or float16")
     if headdim > MAX_HEADDIM:
         reasons.append(f"headdim {headdim} is above {MAX_HEADDIM}")
-    return reasons
+    missing = [name for name in features if name not in supported]
+    return reasons + [f"{name} is not written for the CPU kernels yet" for name in missing]
 
 
 def pass_tensor(t: Tensor | None) -> tuple[int, ...]:

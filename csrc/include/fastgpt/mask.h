@@ -6,7 +6,8 @@
 #ifdef __CUDACC__
 #define FASTGPT_HD __host__ __device__
 #else
-#define FASTGPT_HD
+// Inlined always: a shared copy could have another instruction set's instructions (csrc/cpu/kernels.cpp).
+#define FASTGPT_HD __attribute__((always_inline)) inline
 #endif
 
 namespace fastgpt {

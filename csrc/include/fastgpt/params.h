@@ -28,7 +28,7 @@ struct AttentionParams {
   int num_threads;
   const int32_t* seqused_k = nullptr;  // (batch): keys of each sequence; null: all have seqlen_k
 
-  int64_t keys(int64_t b) const { return seqused_k ? seqused_k[b] : seqlen_k; }
+  __attribute__((always_inline)) int64_t keys(int64_t b) const { return seqused_k ? seqused_k[b] : seqlen_k; }
 };
 
 struct AttentionBackwardParams : AttentionParams {
@@ -85,8 +85,8 @@ struct Kernels {
   void (*norm_backward)(const NormBackwardParams&);
 };
 
-// Scratch memory of the calling thread, 64-byte aligned, kept for the next call; its content is
-// undefined. Throws std::bad_alloc. A second call may return the same memory.
+// Scratch memory of the calling thread, 64-byte aligned, kept for the next call unless it is large; its
+// content is undefined. Throws std::bad_alloc. A second call may return the same memory.
 float* scratch(int64_t floats);
 
 }  // namespace fastgpt

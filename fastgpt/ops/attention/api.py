@@ -97,7 +97,8 @@ def _run(
     if name == "reference":
         dispatch.warn_if_slow(asked, "attention", q.numel() // q.shape[-1] * k.shape[-3], stacklevel=4)
     elif name == "torch":
-        return scaled_dot_product_attention(q, k, v, spec, tensors)
+        with checks.own_precision(q):
+            return scaled_dot_product_attention(q, k, v, spec, tensors)
     out, lse = library.run(backward, q, k, v, *library.pack(spec, tensors, name))
     return (out, lse) if return_lse else out
 

@@ -15,10 +15,8 @@ FEATURES = ("window", "lse", "backward")
 
 
 def unsupported(call: AttentionCall) -> list[str]:
-    missing = [name for name in call.features if name not in FEATURES]
-    return refusals(call.device, call.dtype, max(call.headdim, call.headdim_v)) + [
-        f"{name} is not written for the CPU kernels yet" for name in missing
-    ]
+    headdim = max(call.headdim, call.headdim_v)
+    return refusals(call.device, call.dtype, call.features, FEATURES, headdim)
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -33,7 +31,7 @@ def forward(
 
     batch, seqlen_q, nheads, _ = q.shape
     out = q.new_empty(batch, seqlen_q, nheads, v.shape[3])
-    lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32)
+    lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
     _cpu.attention_forward(
         DTYPES[q.dtype],
         _sizes(q, k, v),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
-from fastgpt.ops.checks import needs_autograd
+from fastgpt.ops.checks import needs_autograd, own_precision
 
 _OPTIONAL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sink, "
@@ -71,7 +71,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     if tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None:
         _check_edges("cu_seqlens_q", tensors.cu_seqlens_q, q.shape[0])
         _check_edges("cu_seqlens_k", tensors.cu_seqlens_k, k.shape[0])
-    out, lse = dispatch.implementation("attention", backend).forward(q, k, v, spec, tensors)
+    with own_precision(q):
+        out, lse = dispatch.implementation("attention", backend).forward(q, k, v, spec, tensors)
     return out.contiguous(), lse.contiguous()
 
 
@@ -99,8 +100,12 @@ def _backward(
         dout = dout.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
+    lse = lse.contiguous()
+    if out.stride(-1) != 1:
+        out = out.contiguous()
     implementation = dispatch.implementation("attention", backend)
-    grads = implementation.backward(dout, dlse, q, k, v, out, lse, spec, tensors)
+    with own_precision(q):
+        grads = implementation.backward(dout, dlse, q, k, v, out, lse, spec, tensors)
     return tuple(q.new_empty(0) if grad is None else grad.contiguous() for grad in grads)  # type: ignore[return-value]
 
 
@@ -123,6 +128,29 @@ def _backward_fake(
     return dq, dk, dv, dsink, dbias
 
 
+class AttentionBackward(torch.autograd.Function):
+    """attention_bwd, for create_graph=True and torch.func: its result has a history that ends in an error."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fastgpt.attention_bwd.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError("fastgpt.attention has no second derivative; backend='torch' may have one")
+
+
+def _differentiable_backward(*args: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled():
+        return AttentionBackward.apply(*args)
+    return torch.ops.fastgpt.attention_bwd.default(*args)
+
+
 class Attention(torch.autograd.Function):
     """attention_fwd with its derivative."""
 
@@ -139,12 +167,10 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; a gradient without history would be silently wrong
-            raise RuntimeError("fastgpt.attention has no second derivative; backend='torch' may have one")
         q, k, v, out, lse, *optional = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, dsink, dbias = torch.ops.fastgpt.attention_bwd.default(
+        dq, dk, dv, dsink, dbias = _differentiable_backward(
             dout, dlse, q, k, v, out, lse, *optional, *ctx.scalars
         )
         needs = dict(zip(("q", "k", "v", *AttentionTensors._fields), ctx.needs_input_grad, strict=False))

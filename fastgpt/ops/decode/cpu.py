@@ -9,8 +9,12 @@ from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec
 from fastgpt.ops.native import DTYPES, pass_tensor, refusals
 
 
+FEATURES = ("window", "lse")
+
+
 def unsupported(call: DecodeCall) -> list[str]:
-    return refusals(call.device, call.dtype, max(call.headdim, call.headdim_v))
+    headdim = max(call.headdim, call.headdim_v)
+    return refusals(call.device, call.dtype, call.features, FEATURES, headdim)
 
 
 def forward(
@@ -26,7 +30,7 @@ def forward(
 
     (batch, seqlen_q, nheads, headdim), (_, capacity, nheads_k, headdim_v) = q.shape, v_cache.shape
     out = q.new_empty(batch, seqlen_q, nheads, headdim_v)
-    lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32)
+    lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
     _cpu.decode(
         DTYPES[q.dtype],
         (batch, seqlen_q, capacity, nheads, nheads_k, headdim, headdim_v),
@@ -45,7 +49,4 @@ def forward(
         spec.num_splits,
         torch.get_num_threads(),
     )
-    if k is not None and not k_cache.is_inference():
-        # autograd must see that a cache it may have saved has changed
-        torch.autograd.graph.increment_version((k_cache, v_cache))
     return out, lse

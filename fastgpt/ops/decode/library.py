@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastgpt import dispatch
+from fastgpt.ops.checks import own_precision
 from fastgpt.ops.decode.spec import DecodeSpec
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -50,7 +53,8 @@ def _forward(
     _check_lengths(cache_seqlens, 0 if k is None else k.shape[1], k_cache.shape[1])
     spec = DecodeSpec(softmax_scale, window_left, window_right, num_splits)
     implementation = dispatch.implementation("decode", backend)
-    out, lse = implementation.forward(q, k_cache, v_cache, k, v, cache_seqlens, spec)
+    with own_precision(q):
+        out, lse = implementation.forward(q, k_cache, v_cache, k, v, cache_seqlens, spec)
     return out.contiguous(), lse.contiguous()
 
 
@@ -74,5 +78,13 @@ def _fake(
     return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=acc)
 
 
+def _forward_inplace(*args: Any) -> tuple[Tensor, Tensor]:
+    if args[3] is not None:  # autograd has to see that a cache it may have saved has changed
+        torch.autograd.graph.increment_version((args[1], args[2]))
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return torch.ops.fastgpt.attention_kvcache.default(*args)
+
+
+library.impl("attention_kvcache", _forward_inplace, "ADInplaceOrView")
 library.impl("attention_kvcache", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastgpt::attention_kvcache", _fake, lib=library)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import FLOATING, needs_autograd, shape_of
+from fastgpt.ops.checks import FLOATING, needs_autograd, own_precision, shape_of
 from fastgpt.ops.norm import library
 from fastgpt.ops.norm.spec import FEATURES, NormCall, NormSpec
 from fastgpt.ops.norm.torch import composite
@@ -94,7 +94,8 @@ def _run(
     asked = dispatch.requested(backend)
     name = dispatch.choose(asked, NormCall, x.device.type, x.dtype, features)
     if name == "torch":
-        out, residual_out = composite(*inputs, spec)
+        with own_precision(x):
+            out, residual_out = composite(*inputs, spec)
         return (out, residual_out) if prenorm else out
     if name == "reference":
         dispatch.warn_if_slow(asked, "norm", x.numel(), stacklevel=4)

@@ -12,8 +12,11 @@ from fastgpt.ops.native import DTYPES, refusals
 from fastgpt.ops.norm.spec import NormCall, NormSpec
 
 
+FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "backward")
+
+
 def unsupported(call: NormCall) -> list[str]:
-    return refusals(call.device, call.dtype)
+    return refusals(call.device, call.dtype, call.features, FEATURES)
 
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import needs_autograd
+from fastgpt.ops.checks import needs_autograd, own_precision
 from fastgpt.ops.norm.spec import NormSpec
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -40,9 +40,10 @@ def _forward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, residual_out, mean, rstd = dispatch.implementation("norm", backend).forward(
-        x, residual, weight, bias, store_sum and residual is not None, NormSpec(rms, eps)
-    )
+    with own_precision(x):
+        out, residual_out, mean, rstd = dispatch.implementation("norm", backend).forward(
+            x, residual, weight, bias, store_sum and residual is not None, NormSpec(rms, eps)
+        )
     residual_out = x.new_empty(0) if residual_out is None else residual_out.contiguous()
     mean = rstd.new_empty(0) if mean is None else mean.contiguous()
     return out.contiguous(), residual_out, mean, rstd.contiguous()
@@ -111,6 +112,29 @@ def _backward_fake(
     return z.new_empty(z.shape), dweight, dbias
 
 
+class NormBackward(torch.autograd.Function):
+    """norm_bwd, for create_graph=True and torch.func: its result has a history that ends in an error."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fastgpt.norm_bwd.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError("fastgpt's norms have no second derivative; backend='torch' has one")
+
+
+def _differentiable_backward(*args: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled():
+        return NormBackward.apply(*args)
+    return torch.ops.fastgpt.norm_bwd.default(*args)
+
+
 class Norm(torch.autograd.Function):
     """norm_fwd with its derivative."""
 
@@ -135,12 +159,10 @@ class Norm(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dresidual_out: Tensor | None, dmean: None, drstd: None
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; a gradient without history would be silently wrong
-            raise RuntimeError("fastgpt's norms have no second derivative; backend='torch' has one")
         z, *saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(z)
-        dx, dweight, dbias = torch.ops.fastgpt.norm_bwd.default(dout, dresidual_out, z, *saved, *ctx.scalars)
+        dx, dweight, dbias = _differentiable_backward(dout, dresidual_out, z, *saved, *ctx.scalars)
         grads = (dx, dx, dweight, dbias)
         needs = ctx.needs_input_grad[: len(grads)]
         return (
