@@ -8,7 +8,6 @@ from torch import Tensor
 from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec
 from fastgpt.ops.native import DTYPES, pass_tensor, refusals
 
-
 FEATURES = ("window", "lse")
 
 

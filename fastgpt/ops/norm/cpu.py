@@ -11,7 +11,6 @@ from torch import Tensor
 from fastgpt.ops.native import DTYPES, refusals
 from fastgpt.ops.norm.spec import NormCall, NormSpec
 
-
 FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "backward")
 
 
