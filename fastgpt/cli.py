@@ -210,7 +210,7 @@ def _bench(args: argparse.Namespace) -> int:
         report.plot(done, args.plot)
     failed = sum(result.status == "failed" for result in results)
     if failed:
-        _say(f"fastgpt bench: {failed} of {len(results)} rows failed verification and were not timed")
+        _say(f"fastgpt bench: {failed} of {len(results)} rows failed")
     elif not done.timed():
         _say("fastgpt bench: nothing could be measured")
     return 1 if failed or not done.timed() else 0
@@ -222,11 +222,12 @@ def _report(args: argparse.Namespace) -> int:
     _check_plot(args.plot)
     try:
         loaded = report.load(args.file)
+        table = report.table(loaded)
     except OSError as error:
         raise CommandError(f"{args.file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"{args.file} is not a report of `fastgpt bench --json`: {error}") from error
-    print(report.table(loaded))
+    print(table)
     if args.plot:
         if not loaded.timed():
             raise CommandError(f"{args.file} has no timings to draw")
@@ -287,6 +288,7 @@ def _env(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    _check_plot(args.plot)
     return importlib.import_module("fastgpt.demo").main(args)
 
 

@@ -13,14 +13,14 @@ from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 def _check_one_axis(normalized_shape: tuple[int, ...]) -> None:
     if len(normalized_shape) != 1:
-        raise ValueError(f"hidden: got {normalized_shape}, expected one axis, the last")
+        raise ValueError(f"normalized_shape: got {normalized_shape}, expected one axis, the last")
 
 
 class FusedLayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last axis, by :func:`fastgpt.layer_norm`.
 
     Args:
-        hidden: size of the last axis.
+        normalized_shape: size of the last axis, the only one.
         eps: added to the variance.
         elementwise_affine: has a ``weight``, and a ``bias`` unless ``bias`` is False.
         bias: has a ``bias``.
@@ -29,20 +29,20 @@ class FusedLayerNorm(nn.LayerNorm):
 
     def __init__(
         self,
-        hidden: int,
+        normalized_shape: int | list[int] | torch.Size,
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden, eps, elementwise_affine, bias, device, dtype)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         _check_one_axis(self.normalized_shape)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of input + residual, (..., hidden) each; with ``prenorm`` also that sum."""
+        """The norm of input + residual, (..., normalized_shape) each; with ``prenorm`` also that sum."""
         return layer_norm(input, self.weight, self.bias, self.eps, residual=residual, prenorm=prenorm)
 
 
@@ -50,28 +50,30 @@ class FusedRMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` over the last axis, by :func:`fastgpt.rms_norm`.
 
     Args:
-        hidden: size of the last axis.
-        eps: added to the mean square; None is ``torch.finfo(input.dtype).eps``, as in torch.
+        normalized_shape: size of the last axis, the only one.
+        eps: added to the mean square; None is the machine epsilon of the arithmetic, as in torch: float64's
+            for float64, else float32's.
         elementwise_affine: has a ``weight``.
         device, dtype: of the parameters; float32 parameters also serve bfloat16 and float16 inputs.
     """
 
     def __init__(
         self,
-        hidden: int,
+        normalized_shape: int | list[int] | torch.Size,
         eps: float | None = None,
         elementwise_affine: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden, eps, elementwise_affine, device, dtype)
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         _check_one_axis(self.normalized_shape)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x + residual, (..., hidden) each; with ``prenorm`` also that sum."""
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        """The norm of x + residual, (..., normalized_shape) each; with ``prenorm`` also that sum."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        eps = torch.finfo(wide).eps if self.eps is None else self.eps
         return rms_norm(x, self.weight, None, eps, residual=residual, prenorm=prenorm)
 
 

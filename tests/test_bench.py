@@ -172,6 +172,23 @@ def test_what_cannot_run_is_skipped_with_its_reason():
     assert large.status == "skipped" and "GiB" in large.reason
 
 
+@pytest.mark.parametrize("where", ["case", "candidate"])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("not enough\nmemory")], ids=repr)
+def test_an_unexpected_error_fails_its_row(where, error, monkeypatch):
+    def broken(*_):
+        raise error
+
+    workload = FakeWorkload()
+    if where == "candidate":
+        case = dataclasses.replace(workload.case("cpu", torch.float32, "forward", "cpu"), candidate=broken)
+        monkeypatch.setattr(workload, "case", lambda *_: case, raising=False)
+    else:
+        monkeypatch.setattr(workload, "case", broken, raising=False)
+    result = run(workload)
+    assert (result.status, result.reason) == ("failed", f"{type(error).__name__}: {error}")
+    assert result.fastgpt_time is None
+
+
 @pytest.mark.parametrize("window", [-1, 50])
 def test_attention_flop_and_oracle(window, monkeypatch):
     workload = workloads.Attention(2, 4, 130, 8, nheads_k=2, window=window)
@@ -185,6 +202,16 @@ def test_attention_flop_and_oracle(window, monkeypatch):
     flop = 4 * 8 * visible.sum().item() * 2 * 4
     assert workload.work(torch.float32, "forward").amount == flop
     assert workload.work(torch.float32, "backward").amount == 2.5 * flop
+
+
+@pytest.mark.parametrize("direction", workloads.Attention.directions)
+def test_gqa_is_compared_with_both_of_torchs_ways(direction):
+    grouped, plain = workloads.Attention(1, 4, 70, 16, nheads_k=2), workloads.Attention(1, 4, 70, 16)
+    case = grouped.case("cpu", torch.float32, direction, "reference")
+    assert list(case.baselines) == [workloads.SDPA, f"{workloads.SDPA}, k and v repeated"]
+    for one, other in zip(*(baseline() for baseline in case.baselines.values()), strict=True):
+        torch.testing.assert_close(one, other)
+    assert list(plain.case("cpu", torch.float32, direction, "reference").baselines) == [workloads.SDPA]
 
 
 SMALL = [
@@ -262,6 +289,12 @@ def test_a_file_that_is_no_report_is_refused(tmp_path):
     path.write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="schema 1"):
         report.load(path)
+
+
+def test_a_report_without_rows_is_an_empty_table(saved, tmp_path):
+    path = tmp_path / "report.json"
+    report.save(dataclasses.replace(saved, results=()), path)
+    assert len(report.table(report.load(path)).splitlines()) == 2
 
 
 def test_table(saved):

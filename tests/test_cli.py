@@ -1,5 +1,6 @@
 """The command line: what it refuses, and how it says so."""
 
+import json
 import subprocess
 import sys
 import types
@@ -94,6 +95,43 @@ def test_failed_verification_exits_with_1_and_is_in_the_json(capsys, tmp_path, f
     assert [result.status for result in report.load(tmp_path / "out.json").results] == ["ok", "failed"]
 
 
+def test_a_row_that_cannot_be_run_does_not_end_the_run(capsys, fake_table, monkeypatch):
+    broken = FakeWorkload()
+    monkeypatch.setattr(broken, "case", lambda *_: 1 / 0, raising=False)
+    fake_table(broken, FakeWorkload())
+    assert cli.main(ARGS) == 1
+    out, err = capsys.readouterr()
+    assert "failed: ZeroDivisionError: division by zero" in out and "1 of 2 rows failed" in err
+    assert "×" in out  # of the other row
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"results": None},
+        {"results": [None]},
+        {"ceilings": []},
+        {"machine": {}},
+        {"baseline_times": None},
+        {"baseline_times": []},
+        {"baseline": None},
+        {"rate": None},
+        {"fastgpt_time": None},
+    ],
+    ids=str,
+)
+def test_a_report_of_another_form_is_refused(capsys, tmp_path, fake_table, change):
+    path = tmp_path / "out.json"
+    fake_table(FakeWorkload())
+    assert cli.main([*ARGS, "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    changed = document if change.keys() & document.keys() else document["results"][0]
+    changed.update(change)
+    path.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert "is not a report of `fastgpt bench --json`" in failure(capsys, "report", str(path))
+
+
 def test_nothing_measured_exits_with_1(capsys, fake_table):
     fake_table(FakeWorkload(unsupported=True))
     assert cli.main(ARGS) == 1
@@ -182,6 +220,14 @@ def test_demo_hands_its_arguments_over(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastgpt.demo", demo)
     assert cli.main(["demo", "--prompt", "Once", "--max-new-tokens", "5"]) == 0
     assert (got[0].prompt, got[0].max_new_tokens, got[0].plot) == ("Once", 5, None)
+
+
+def test_demo_checks_its_plot_first(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    demo = types.SimpleNamespace(main=lambda args: pytest.fail("the demonstration started"))
+    monkeypatch.setitem(sys.modules, "fastgpt.demo", demo)
+    assert "cannot be written" in failure(capsys, "demo", "--plot", "nowhere/plot.png")
+    assert "ends in none of" in failure(capsys, "demo", "--plot", str(tmp_path / "plot.txt"))
 
 
 def test_the_help_imports_no_more_than_fastgpt_does():

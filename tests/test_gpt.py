@@ -135,6 +135,38 @@ def test_gradients_are_those_of_transformers(hf, ids):
         assert_parity(name, parameter.grad, other[name], expected[name], factor=3)
 
 
+def test_autocast(hf, ids):
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+
+    def results(model: transformers.PreTrainedModel) -> tuple[torch.Tensor, ...]:
+        logits = model(inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, torch.autograd.grad(loss, model.get_output_embeddings().weight)[0].t(), loss
+
+    model, exact = GPT.from_hf(hf), results(hf)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = results(hf)
+        logits, loss = model(inputs, targets)
+    loss.backward()
+    assert logits.dtype == plain[0].dtype == torch.bfloat16
+    assert_parity("logits", logits, plain[0], exact[0])
+    assert_parity("dhead", model.head.weight.grad, plain[1], exact[1], factor=3)
+    assert loss.item() == pytest.approx(exact[2].item(), rel=1e-2)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_cached_steps_under_autocast(hf, ids):
+    model, exact = GPT.from_hf(hf), hf(ids).logits
+    cache = model.new_cache(2, 23)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = hf(ids).logits
+        steps = [model(part, cache=cache) for part in ids.split([9, 1, 4, *[1] * 9], dim=1)]
+        assert model.generate(ids, 3).shape == (2, 26)
+    assert {step.dtype for step in steps} == {torch.bfloat16}
+    assert_parity("logits", torch.cat(steps, 1), plain, exact)
+
+
 @torch.no_grad()
 def test_cached_steps_give_the_logits_of_one_pass(hf, ids):
     model = GPT.from_hf(hf)
@@ -294,16 +326,29 @@ def test_rope_scaling_errors_name_the_field():
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
         ({"max_new_tokens": 42}, "max_new_tokens: got 42 after a prompt of 23 tokens, .* max_seqlen 64"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
-        ({"top_k": 0}, "top_k: got 0, expected 1 to vocab_size 101"),
+        ({"top_k": 0}, "top_k: got 0, expected an integer from 1 to vocab_size 101"),
         ({"top_k": 102}, "top_k: got 102"),
         ({"input_ids": torch.zeros(5, dtype=torch.int64)}, r"input_ids: got shape \(5,\)"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"input_ids: got shape \(1, 0\)"),
+        ({"input_ids": torch.zeros(0, 5, dtype=torch.int64)}, r"input_ids: got shape \(0, 5\), expected"),
+        ({"input_ids": [[1, 2]]}, r"input_ids: got list, expected a torch.Tensor \(batch, seqlen\)"),
+        ({"input_ids": torch.zeros(1, 5)}, "input_ids: got dtype torch.float32, expected torch.int64"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: got 2.5, expected an integer"),
+        ({"max_new_tokens": "2"}, "max_new_tokens: got '2', expected an integer"),
+        ({"max_new_tokens": True}, "max_new_tokens: got True, expected an integer"),
+        ({"temperature": "1"}, "temperature: got '1', expected a finite number"),
+        ({"temperature": float("nan")}, "temperature: got nan, expected a finite number"),
+        ({"temperature": float("inf")}, "temperature: got inf, expected a finite number"),
+        ({"top_k": 2.5, "temperature": 1.0}, "top_k: got 2.5, expected an integer from 1 to vocab_size 101"),
+        ({"eos_token_id": 1.5}, "eos_token_id: got 1.5, expected an integer, a sequence of them"),
+        ({"eos_token_id": [1, 1.5]}, r"eos_token_id: got \[1, 1.5\], expected an integer, a sequence"),
+        ({"eos_token_id": "2"}, "eos_token_id: got '2', expected an integer"),
     ],
 )
 def test_generate_errors_name_the_argument(ids, arguments, message):
     model = GPT.from_hf(random_model("gpt2"))
     arguments = {"input_ids": ids, "max_new_tokens": 5} | arguments
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         model.stream(**arguments)  # at once, not with the first token
 
 
@@ -349,10 +394,18 @@ def test_from_hf_refuses_what_gpt_does_not_have(name, field, value, message):
         GPT.from_hf(model)
 
 
-def test_from_hf_refuses_other_architectures():
-    config = transformers.MistralConfig(**LLAMA)
-    with pytest.raises(TypeError, match=r"^model: got MistralForCausalLM, expected GPT2LMHeadModel or Llama"):
-        GPT.from_hf(transformers.MistralForCausalLM(config))
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA)), "MistralForCausalLM"),
+        (lambda: random_model("llama").model, "LlamaModel"),
+        (lambda: torch.nn.Linear(2, 2), "Linear"),
+        (lambda: None, "NoneType"),
+    ],
+)
+def test_from_hf_refuses_other_architectures(model, name):
+    with pytest.raises(TypeError, match=rf"^model: got {name}, expected GPT2LMHeadModel or LlamaForCausalLM"):
+        GPT.from_hf(model())
 
 
 def test_a_gpt_needs_torch_alone():

@@ -3,15 +3,18 @@
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 from backends import assert_parity
-from test_gpt import LLAMA, eager, random_model
+from test_gpt import GPT2, LLAMA, eager, random_model
 from transformers import AttentionInterface
 
 import fastgpt
+from fastgpt import demo
 from fastgpt.integrations import transformers as integration
 
 NAMES = ["gpt2", "llama", "llama-gqa-tied", "llama3-biases"]
@@ -192,6 +195,19 @@ def test_gradients_in_training(hf, ids):
         assert_parity(name, grad, other[name], expected[name], factor=3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}], ids=str
+)
+def test_the_scaling_is_the_models_own(ids, fields):
+    torch.manual_seed(7)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, **fields)).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    expected, other = model(ids).logits, eager(model)(ids).logits
+    assert_parity("logits", fastgpt.patch(model)(ids).logits, other, expected)
+
+
 def test_attention_dropout_in_training(ids, calls):
     model = random_model("gpt2").train()
     for module in model.modules():
@@ -243,6 +259,23 @@ def test_a_copy_of_a_patched_model_is_patched_and_on_its_own(hf, ids, copied):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_patched_model_unpickles_in_a_fresh_process(ids, tmp_path, backend):
+    model = fastgpt.patch(random_model("llama"), backend=backend)
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, ids, model(ids).logits)))
+    code = (
+        "import pickle, sys, torch\n"
+        "model, ids, expected = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "with torch.no_grad():\n"
+        "    torch.testing.assert_close(model(ids).logits, expected)\n"
+        "import fastgpt\n"
+        "fastgpt.unpatch(model)\n"
+        "assert model.config._attn_implementation == 'sdpa'\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pickle")], check=True)
+
+
+@torch.no_grad()
 def test_a_backend_by_name(hf, ids, calls):
     fastgpt.patch(hf, backend="reference")
     hf(ids)
@@ -251,6 +284,19 @@ def test_a_backend_by_name(hf, ids, calls):
     with pytest.raises(ValueError, match=r"^backend: got 'numpy'"):
         fastgpt.patch(fastgpt.unpatch(hf), backend="numpy")
     assert hf.config._attn_implementation == "sdpa"
+
+
+def test_the_demo_times_as_many_tokens_by_all_three(ids, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(demo, "PREFILL_TOKENS", 32)
+    monkeypatch.setattr(demo, "OPERATOR_BUDGET", 0.01)
+    model, prompt = random_model("llama"), ids[:1]
+    model.generation_config.pad_token_id = 0
+    first = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False)
+    model.generation_config.eos_token_id = first[0, -1].item()  # its answer is over at once
+    patched = fastgpt.patch(copy.deepcopy(model))
+    lines = demo._measure(model, patched, fastgpt.GPT.from_hf(model), prompt)
+    assert all(line.seconds > 0 and line.torch_seconds > 0 for line in lines)
 
 
 def test_the_summary_is_logged(hf, caplog):

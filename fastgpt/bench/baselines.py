@@ -29,6 +29,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
+def attention_repeated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same with a copy of k and v for each query head, as transformers does it without enable_gqa."""
+    groups = q.shape[2] // k.shape[2]
+    return attention(q, k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), mask)
+
+
 def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, keys: int) -> Tensor:
     """One query per sequence over the first ``keys`` of fastgpt's cache, all of which it sees."""
     out = F.scaled_dot_product_attention(

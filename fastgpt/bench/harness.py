@@ -222,7 +222,7 @@ def run(
 
     Returns:
         A result that is ``ok``; ``skipped``, where the machine or the backend cannot run it; or
-        ``failed``, where the numbers are wrong.
+        ``failed``, where the numbers are wrong or an error ended it.
     """
     workload, dtype = row.workload, DTYPES[row.dtype]
 
@@ -237,11 +237,13 @@ def run(
     try:
         case = workload.case(device, dtype, row.direction, backend)
         parity = verify(case)
+        times = measure({"fastgpt": case.candidate, **case.baselines}, budget=budget, timer=timer_for(device))
     except BackendUnsupported as error:
         return result("skipped", reason=str(error))
     except ParityError as error:
         return result("failed", reason=str(error))
-    times = measure({"fastgpt": case.candidate, **case.baselines}, budget=budget, timer=timer_for(device))
+    except Exception as error:  # out of memory, say: the other rows may still be measured
+        return result("failed", reason=f"{type(error).__name__}: {error}")
     ours = times.pop("fastgpt")
     fastest = min(times, key=lambda name: times[name].median)
     work = workload.work(dtype, row.direction)

@@ -16,7 +16,8 @@ The JSON, one schema for every benchmark (SI units: seconds, bytes, FLOP):
         dtype           fp32, bf16 or fp16
         direction       forward or backward; prefill or decode of a model
         backend         of fastgpt
-        status          ok, skipped (cannot run here) or failed (wrong numbers; never timed)
+        status          ok, skipped (cannot run here) or failed (wrong numbers, never timed; or an
+                        error, such as too little memory)
         reason          why it was skipped or failed, else null
         parity          per tensor: largest absolute error against float64 of fastgpt (error) and of
                         torch in the same dtype (torch_error), and the largest allowed (bound)
@@ -101,9 +102,13 @@ def _result(entry: dict[str, Any]) -> Result:
     parsed = {
         "parity": tuple(Parity(**checked) for checked in entry["parity"]),
         "fastgpt_time": entry["fastgpt_time"] and Timing(**entry["fastgpt_time"]),
-        "baseline_times": {name: Timing(**times) for name, times in entry["baseline_times"].items()},
+        "baseline_times": {name: Timing(**times) for name, times in (entry["baseline_times"] or {}).items()},
     }
-    return Result(**(entry | parsed))
+    result = Result(**(entry | parsed))
+    needed = (result.fastgpt_time, result.ratio, result.rate, result.unit)
+    if result.status == "ok" and (None in needed or result.baseline not in result.baseline_times):
+        raise ValueError(f"{result.bench} {result.workload} is ok and lacks a timing")
+    return result
 
 
 def _seconds(value: float) -> str:
@@ -126,9 +131,9 @@ HEADER = ("workload", "dtype", "direction", "fastgpt [p20 – p80]", "baseline",
 
 def _cells(result: Result) -> tuple[str, ...]:
     lead = (result.workload, result.dtype, result.direction)
-    if result.fastgpt_time is None:
+    if result.status != "ok":
         return lead
-    assert result.baseline and result.rate and result.unit
+    assert result.fastgpt_time and result.baseline and result.rate and result.unit
     return (
         *lead,
         _timing(result.fastgpt_time),
@@ -151,7 +156,7 @@ def table(report: Report) -> str:
     full = [HEADER, *(cells for _, cells in rows if len(cells) == len(HEADER))]
     widths = [max(len(cells[column]) for cells in full) for column in range(len(HEADER))]
     for column in range(3):
-        widths[column] = max(widths[column], *(len(cells[column]) for _, cells in rows))
+        widths[column] = max([widths[column], *(len(cells[column]) for _, cells in rows)])
 
     def line(cells: tuple[str, ...]) -> str:
         return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)).rstrip()

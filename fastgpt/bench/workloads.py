@@ -7,6 +7,7 @@ to its table.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,22 +43,21 @@ def _differentiable_case(
     inputs: dict[str, Tensor],
     outputs: tuple[str, ...],
     candidate: Function,
-    baseline_name: str,
-    baseline: Function,
+    ways: dict[str, Function],
     oracle: Function,
 ) -> Case:
-    """The forward of three functions of the same inputs, or their backward for random gradients."""
+    """The forward of functions of the same inputs, or their backward for random gradients."""
     tensors = tuple(inputs.values())
     if direction == "forward":
         return Case(
             outputs,
             OUTPUT_FACTOR,
             lambda: candidate(*tensors),
-            {baseline_name: lambda: baseline(*tensors)},
+            {name: functools.partial(baseline, *tensors) for name, baseline in ways.items()},
             lambda: oracle(*(t.double() for t in tensors)),
         )
     with torch.no_grad():
-        douts = tuple(torch.randn_like(out) for out in baseline(*tensors))
+        douts = tuple(torch.randn_like(out) for out in next(iter(ways.values()))(*tensors))
 
     def exact_gradients() -> Tensors:
         exact = tuple(t.double() for t in tensors)
@@ -67,7 +67,7 @@ def _differentiable_case(
         tuple(f"d{name}" for name in inputs),
         GRADIENT_FACTOR,
         _backward(candidate, tensors, douts),
-        {baseline_name: _backward(baseline, tensors, douts)},
+        {name: _backward(baseline, tensors, douts) for name, baseline in ways.items()},
         exact_gradients,
     )
 
@@ -119,7 +119,13 @@ class Attention:
         def baseline(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
             return (baselines.attention(q, k, v, mask),)
 
-        return _differentiable_case(direction, inputs, ("out",), candidate, SDPA, baseline, self._oracle)
+        def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+            return (baselines.attention_repeated(q, k, v, mask),)
+
+        ways: dict[str, Function] = {SDPA: baseline}
+        if self.nheads_k not in (None, self.nheads):
+            ways[f"{SDPA}, k and v repeated"] = repeated
+        return _differentiable_case(direction, inputs, ("out",), candidate, ways, self._oracle)
 
     def _oracle_keys(self, end: int) -> int:
         """How many keys, up to ``end``, a block of queries that ends there can see."""
@@ -264,7 +270,7 @@ class Norm:
         outputs = ("out", "residual") if self.residual else ("out",)
         name = f"add, F.{self.kind}" if self.residual else f"F.{self.kind}"
         return _differentiable_case(
-            direction, inputs, outputs, fused(backend), name, baseline, fused("reference")
+            direction, inputs, outputs, fused(backend), {name: baseline}, fused("reference")
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 Norm = Literal["layer_norm", "rms_norm"]
 Mlp = Literal["gelu", "swiglu"]
@@ -97,7 +97,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_seqlen", "hidden_size", "num_layers", "nheads")
         for name in sizes:
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         if not self.headdim and self.hidden_size % self.nheads:
             raise ValueError(
                 f"nheads: got {self.nheads}, expected a divisor of hidden_size {self.hidden_size}"
@@ -110,7 +110,7 @@ class GPTConfig:
         for name, default in derived.items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, default)
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         if self.nheads % self.nheads_k:
             raise ValueError(f"nheads_k: got {self.nheads_k}, expected a divisor of nheads {self.nheads}")
         for name, kind in (("norm", Norm), ("mlp", Mlp), ("positions", Positions)):
@@ -125,8 +125,12 @@ class GPTConfig:
         _check_number("rope_theta", self.rope_theta)
 
 
-def _check_size(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_size(name: str, value: object) -> None:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
 
 

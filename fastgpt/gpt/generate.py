@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.gpt import sampling
+from fastgpt.gpt.config import check_size, is_integer
 
 if TYPE_CHECKING:
     from fastgpt.gpt.model import GPT
@@ -26,12 +27,17 @@ def stream(
     backend: str | None = None,
 ) -> Iterator[Tensor]:
     """The tokens of :meth:`fastgpt.GPT.generate`, (batch) each, as they come."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids: got {type(input_ids).__name__}, expected a torch.Tensor (batch, seqlen), int64"
+        )
+    if input_ids.dtype != torch.int64:
+        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected torch.int64")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids: got shape {tuple(input_ids.shape)}, expected (batch, seqlen), not empty"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+    check_size("max_new_tokens", max_new_tokens)
     limit = model.config.max_seqlen
     if input_ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
@@ -39,9 +45,20 @@ def stream(
             f"expected at most max_seqlen {limit} together"
         )
     sampling.check(model.config.vocab_size, temperature, top_k)
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    ends = _ends(eos_token_id)
     eos = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
     return _steps(model, input_ids, max_new_tokens, temperature, top_k, eos, generator, backend)
+
+
+def _ends(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    if eos_token_id is None:
+        return []
+    ends = list(eos_token_id) if isinstance(eos_token_id, Sequence) else [eos_token_id]
+    if not all(is_integer(token) for token in ends):
+        raise ValueError(
+            f"eos_token_id: got {eos_token_id!r}, expected an integer, a sequence of them, or None"
+        )
+    return ends
 
 
 @torch.inference_mode()

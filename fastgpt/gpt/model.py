@@ -43,7 +43,8 @@ class Linear(nn.Module):
         weight, bias = self.weight, self.bias
         in_features, out_features = weight.shape
         rows = x.numel() // in_features
-        if rows <= SPLIT_ROWS and x.is_cpu and x.dtype == torch.float32 and in_features % SPLITS == 0:
+        split = rows <= SPLIT_ROWS and x.is_cpu and x.dtype == torch.float32 and in_features % SPLITS == 0
+        if split and not torch.is_autocast_enabled("cpu"):  # which would round the parts before their sum
             # torch's matrix product runs a single row on one thread; the parts run on all of them.
             parts = torch.bmm(
                 x.reshape(rows, SPLITS, -1).transpose(0, 1), weight.view(SPLITS, -1, out_features)
@@ -64,6 +65,8 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.norm == "layer_norm" else None
 
     def forward(self, x: Tensor, residual: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+        if residual is not None:
+            x = x.to(residual.dtype)  # under autocast a projection's output is narrower than the embedding
         return self.norm(  # type: ignore[return-value]  # a pair with prenorm
             x, self.weight, self.bias, self.eps, residual=residual, prenorm=True, backend=backend
         )
@@ -104,10 +107,13 @@ class Attention(nn.Module):
         if rope is not None:
             cos, sin = rope
             qk = torch.addcmul(qk * cos, qk.roll(self.headdim // 2, -1), sin)
+            qk = qk.to(v.dtype)  # under autocast the table is wider than the projection's output
         q, k = qk.split((self.nheads, self.nheads_k), dim=2)
         if cache is None:
             out = attention(q, k, v, backend=backend)
         else:
+            # Under autocast the cache, of the weights' dtype, is wider than the projection's output.
+            q, k, v = (t.to(cache.k.dtype) for t in (q, k, v))
             out = cache.attend(self.layer, q, k, v, backend=backend)
         return self.out(out.flatten(2))  # type: ignore[union-attr]  # one tensor without return_lse
 
@@ -258,8 +264,8 @@ class GPT(nn.Module):
             backend: of attention and norms; default ``FASTGPT_BACKEND``, else ``auto``.
 
         Returns:
-            logits (batch, seqlen, vocab_size) in the weights' dtype; with targets also the mean
-            cross-entropy, a float32 scalar.
+            logits (batch, seqlen, vocab_size) in the weights' dtype, or autocast's; with targets also the
+            mean cross-entropy, a float32 scalar.
 
         Raises:
             ValueError: an argument is not as above, or the sequence is longer than ``config.max_seqlen``
@@ -340,7 +346,7 @@ class GPT(nn.Module):
             input_ids: (batch, seqlen), int64.
             max_new_tokens: how many tokens to add at most; with the prompt at most ``config.max_seqlen``.
             temperature: the logits are divided by it before sampling; 0 takes the largest logit.
-            top_k: sample among the k largest logits only.
+            top_k: sample among the k largest logits only; None for all. Ignored with temperature 0.
             eos_token_id: the token, or tokens, that end a sequence. One that ended before the others is
                 filled up with the first of them.
             generator: for sampling; torch's default one if None.
@@ -350,6 +356,7 @@ class GPT(nn.Module):
             (batch, seqlen + new), int64: the prompts and their continuations; it ends where all have ended.
 
         Raises:
+            TypeError: input_ids is no tensor, or of another dtype.
             ValueError: an argument is not as above; the message names it.
         """
         new = self.stream(

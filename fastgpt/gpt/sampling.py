@@ -7,13 +7,20 @@ import math
 import torch
 from torch import Tensor
 
+from fastgpt.gpt.config import is_integer
+
 
 def check(vocab_size: int, temperature: float, top_k: int | None) -> None:
     """A ValueError that names the argument, if they are not those of :func:`sample`."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, expected a finite number, 0 for greedy")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(f"top_k: got {top_k}, expected 1 to vocab_size {vocab_size}, or None")
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature: got {temperature!r}, expected a finite number of at least 0, which is greedy"
+        )
+    if top_k is not None and not (is_integer(top_k) and 1 <= top_k <= vocab_size):
+        raise ValueError(
+            f"top_k: got {top_k!r}, expected an integer from 1 to vocab_size {vocab_size}, or None"
+        )
 
 
 def sample(
@@ -22,7 +29,7 @@ def sample(
     """The next tokens (batch), int64, from logits (batch, vocab_size).
 
     Args:
-        temperature: the logits are divided by it; 0 takes the largest.
+        temperature: the logits are divided by it; 0 takes the largest, whatever top_k is.
         top_k: only the k largest logits keep a probability; None keeps all.
         generator: torch's default one if None.
     """

@@ -28,6 +28,13 @@ def config_from_hf(model: PreTrainedModel) -> GPTConfig:
     """The shape of a transformers model; the errors are those of :meth:`fastgpt.GPT.from_hf`."""
     import transformers
 
+    # A subclass may compute something else.
+    if type(model) is transformers.GPT2LMHeadModel:
+        read = _gpt2
+    elif type(model) is transformers.LlamaForCausalLM:
+        read = _llama
+    else:
+        raise TypeError(f"model: got {type(model).__name__}, expected GPT2LMHeadModel or LlamaForCausalLM")
     embedding = model.get_input_embeddings().weight
     shape: dict[str, Any] = {
         "vocab_size": embedding.shape[0],
@@ -37,12 +44,7 @@ def config_from_hf(model: PreTrainedModel) -> GPTConfig:
         "nheads": model.config.num_attention_heads,
         "tied": model.get_output_embeddings().weight is embedding,
     }
-    # A subclass may compute something else.
-    if type(model) is transformers.GPT2LMHeadModel:
-        return _gpt2(model.config, shape)
-    if type(model) is transformers.LlamaForCausalLM:
-        return _llama(model.config, shape)
-    raise TypeError(f"model: got {type(model).__name__}, expected GPT2LMHeadModel or LlamaForCausalLM")
+    return read(model.config, shape)
 
 
 def _check_fields(config: object, fields: Mapping[str, tuple[object, ...]]) -> None:

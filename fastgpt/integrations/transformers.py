@@ -42,9 +42,13 @@ class Patch:
     """What :func:`patch` has changed in a model, for :func:`unpatch`."""
 
     attn_implementation: str | None
-    attentions: int
+    backend: str | None
     norms: list[tuple[nn.Module, Any]]  # each with the `forward` of its instance, None if it had none
     hook: torch.utils.hooks.RemovableHandle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _register(self.backend)  # a model that is unpickled may be the first in its process
 
 
 def attention_forward(
@@ -170,6 +174,16 @@ def _parts(model: PreTrainedModel) -> tuple[type[nn.Module], type[nn.Module]]:
     )
 
 
+def _register(backend: str | None) -> str:
+    """Makes the name, which it returns, one that a model's config can ask transformers for."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = NAME if backend is None else f"{NAME}_{backend}"
+    AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
+    AttentionMaskInterface.register(name, attention_mask)
+    return name
+
+
 def patch(model: Model, *, backend: str | None = None) -> Model:
     """Swaps attention and norms of a loaded transformers GPT-2 or Llama model for fastgpt's, in place.
 
@@ -202,11 +216,7 @@ def patch(model: Model, *, backend: str | None = None) -> Model:
             "model: got output_attentions=True in its config, fastgpt's attention stores no weights"
         )
 
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    name = NAME if backend is None else f"{NAME}_{backend}"
-    AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
-    AttentionMaskInterface.register(name, attention_mask)
+    name = _register(backend)
     norms = []
     for module in model.modules():
         if type(module) is norm_class:
@@ -217,7 +227,7 @@ def patch(model: Model, *, backend: str | None = None) -> Model:
             module.forward = functools.partial(_norm_forward, module, module.forward, fused, eps, backend)
     hook = model.register_forward_pre_hook(_refuse_output_attentions, with_kwargs=True)
     attentions = sum(type(module) is attention_class for module in model.modules())
-    setattr(model, RECORD, Patch(previous, attentions, norms, hook))
+    setattr(model, RECORD, Patch(previous, backend, norms, hook))
     model.config._attn_implementation = name
     logger.info("patched %s: %d attentions, %d norms", type(model).__name__, attentions, len(norms))
     return model
