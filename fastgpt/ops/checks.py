@@ -52,9 +52,11 @@ def check_number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def check_tensor(name: str, value: object, ndim: int, axes: str) -> None:
+def check_tensor(name: str, value: object, axes: str) -> None:
+    """A floating-point tensor with as many dimensions as ``axes`` names, unit last stride."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor {axes}")
+    ndim = axes.count(",") + 1
     if value.dim() != ndim:
         raise ValueError(f"{name}: got shape {shape_of(value)}, expected {ndim} dimensions {axes}")
     if value.dtype not in FLOATING:
@@ -72,38 +74,42 @@ def check_same(name: str, value: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name}: got device {value.device}, expected {q.device} like q")
 
 
+Q = "(batch, seqlen, nheads, headdim)"
+K = "(batch, seqlen, nheads_k, headdim)"
+V = "(batch, seqlen, nheads_k, headdim_v)"
+PACKED = "(total, nheads, headdim)", "(total, nheads_k, headdim)", "(total, nheads_k, headdim_v)"
+
+
 def check_qkv(
     q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str, str] = ("q", "k", "v")
 ) -> None:
     """Ranks, dtypes, devices, strides and the sizes that must agree; a ValueError or TypeError if not."""
     qn, kn, vn = names
-    ndim, lead = (3, "total") if packed else (4, "batch, seqlen")
-    check_tensor(qn, q, ndim, f"({lead}, nheads, headdim)")
-    check_tensor(kn, k, ndim, f"({lead}, nheads_k, headdim)")
-    check_tensor(vn, v, ndim, f"({lead}, nheads_k, headdim_v)")
+    q_axes, k_axes, v_axes = PACKED if packed else (Q, K, V)
+    check_tensor(qn, q, q_axes)
+    check_tensor(kn, k, k_axes)
+    check_tensor(vn, v, v_axes)
     check_same(kn, k, q)
     check_same(vn, v, q)
-    if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise ValueError(f"{qn}, {vn}: got headdims {q.shape[-1]} and {v.shape[-1]}, expected at least 1")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{kn}: got headdim {k.shape[-1]}, expected {q.shape[-1]} like {qn}")
-    if v.shape[:-1] != k.shape[:-1]:
+    (*q_lead, nheads, headdim), (*k_lead, nheads_k, headdim_k) = q.shape, k.shape
+    *v_lead, nheads_v, headdim_v = v.shape
+    if headdim < 1 or headdim_v < 1:
+        raise ValueError(f"{qn}, {vn}: got headdims {headdim} and {headdim_v}, expected at least 1")
+    if headdim_k != headdim:
+        raise ValueError(f"{kn}: got headdim {headdim_k}, expected {headdim} like {qn}")
+    if v_lead != k_lead or nheads_v != nheads_k:
         raise ValueError(
             f"{vn}: got shape {shape_of(v)}, expected {shape_of(k)[:-1]} like {kn}, up to the headdim"
         )
-    if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2] != 0:
-        raise ValueError(
-            f"{kn}: got {k.shape[-2]} heads, expected a divisor of the {q.shape[-2]} heads of {qn}"
-        )
-    if not packed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"{kn}: got batch {k.shape[0]}, expected {q.shape[0]} like {qn}")
+    if nheads_k < 1 or nheads % nheads_k != 0:
+        raise ValueError(f"{kn}: got {nheads_k} heads, expected a divisor of the {nheads} heads of {qn}")
+    if not packed and k_lead[0] != q_lead[0]:
+        raise ValueError(f"{kn}: got batch {k_lead[0]}, expected {q_lead[0]} like {qn}")
     if torch.compiler.is_compiling():
         return  # the bound would become a guard on every dynamic length
-    for name, t in ((qn, q), (kn, k)):
-        if t.shape[0 if packed else 1] > INT32_MAX:
-            raise ValueError(
-                f"{name}: got {t.shape[0 if packed else 1]} tokens, expected at most {INT32_MAX}"
-            )
+    for name, tokens in ((qn, q_lead[-1]), (kn, k_lead[-1])):
+        if tokens > INT32_MAX:
+            raise ValueError(f"{name}: got {tokens} tokens, expected at most {INT32_MAX}")
 
 
 def check_scale(softmax_scale: float | None, headdim: int) -> float:

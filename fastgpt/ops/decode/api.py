@@ -18,10 +18,11 @@ def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, k_cache: Tensor, v
         raise ValueError(f"{'k' if k is None else 'v'}: got None, expected k and v together or neither")
     if k is None or v is None:
         return
-    checks.check_qkv(q, k, v, packed=False)
-    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+    for name, new, cache, axes in (("k", k, k_cache, checks.K), ("v", v, v_cache, checks.V)):
+        checks.check_tensor(name, new, axes)
+        checks.check_same(name, new, q)
         expected = (q.shape[0], k.shape[1], *cache.shape[2:])
-        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+        if 0 in cache.stride() and cache.numel():
             raise ValueError(
                 f"{name}_cache: got strides {cache.stride()}, expected no 0, "
                 "which writes several keys to one place"
