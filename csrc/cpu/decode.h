@@ -31,8 +31,6 @@ FASTGPT_INLINE vf sums<1>(vf* x) {
 }
 
 // The caches are two streams that the hardware does not predict (short rows, far apart, in turn).
-constexpr int64_t kPrefetchKeys = 32;
-
 template <class T>
 FASTGPT_INLINE void prefetch_row(const T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
