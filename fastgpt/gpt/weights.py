@@ -90,8 +90,7 @@ def _llama(config: LlamaConfig, shape: dict[str, Any]) -> GPTConfig:
     )
 
 
-# For the modules of a block, those of transformers that they are made of, side by side; outputs are the
-# last axis of a GPT-2 weight and the first of a Llama one.
+# For the modules of a block, those of transformers that they are made of, one below the other.
 GPT2_BLOCK = {
     "attention_norm": ("ln_1",),
     "attention.qkv": ("attn.c_attn",),
@@ -124,8 +123,8 @@ def weights_from_hf(model: PreTrainedModel) -> dict[str, Tensor]:
                 if getattr(source, kind, None) is not None
             ]
             if parts:
-                fused = torch.cat(parts, 0 if llama else -1)
-                if llama and fused.dim() == 2:
+                fused = torch.cat(parts)  # GPT-2's are single: a Conv1D, (in, out)
+                if not llama and fused.dim() == 2:
                     fused = fused.t()
                 weights[f"{name}.{kind}"] = fused.clone(memory_format=torch.contiguous_format)
 
@@ -135,7 +134,7 @@ def weights_from_hf(model: PreTrainedModel) -> dict[str, Tensor]:
     convert("norm", [base.norm if llama else base.ln_f])
 
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    weights["head.weight"] = head.detach().t().clone(memory_format=torch.contiguous_format)
+    weights["head.weight"] = head.detach().clone()
     if head is not embedding:
         weights["token_embedding.weight"] = embedding.detach().clone()
     if not llama:
