@@ -1,5 +1,7 @@
 """The native CPU kernels; csrc/cpu/module.cpp."""
 
+from typing import Any
+
 _Tensor = tuple[int, ...]  # pointer; batch, seq and head stride
 
 isa: str
@@ -17,6 +19,7 @@ def attention_forward(
     window_left: int,
     window_right: int,
     num_threads: int,
+    options: tuple[Any, ...] | None,
 ) -> None: ...
 def attention_backward(
     dtype: int,
@@ -31,10 +34,14 @@ def attention_backward(
     dq: _Tensor,
     dk: _Tensor,
     dv: _Tensor,
+    dsink: int,
+    dbias: int,
+    dbias_strides: tuple[int, ...],
     softmax_scale: float,
     window_left: int,
     window_right: int,
     num_threads: int,
+    options: tuple[Any, ...] | None,
 ) -> None: ...
 def decode(
     dtype: int,

@@ -78,6 +78,88 @@ ATTENTION = [
 ]
 
 
+class Variant(NamedTuple):
+    """A case with more of the specification; shapes of the optional tensors, None for none."""
+
+    case: AttentionCase
+    softcap: float = 0.0
+    slopes: tuple[int, ...] | None = None
+    bias: tuple[int, ...] | None = None
+    mask: float = 0.0  # above 0: the bias is boolean, and true in this share of its places
+    sink: bool = False
+    dropout_p: float = 0.0
+    lengths_q: tuple[int, ...] | None = None  # packed sequences; the case has their totals
+    lengths_k: tuple[int, ...] | None = None
+    seqused_k: tuple[int, ...] | None = None
+    leftpad_k: tuple[int, ...] | None = None
+
+
+_C = AttentionCase
+
+VARIANTS = {
+    "softcap": Variant(_C(2, 70, 130, 4, 2, 40, 24), softcap=1.5),
+    "softcap, few queries": Variant(_C(2, 2, 130, 4, 2, 40, 24), softcap=1.5),
+    "alibi": Variant(_C(2, 130, 170, 4, 2, 16, 16), slopes=(4,)),
+    "alibi per batch": Variant(_C(2, 130, 70, 4, 2, 16, 16, causal=False), slopes=(2, 4)),
+    "alibi, few queries": Variant(_C(2, 3, 170, 4, 1, 16, 16), slopes=(2, 4)),
+    "sink": Variant(_C(2, 111, 111, 6, 2, 32, 32), sink=True),
+    "sink of rows that see no key": Variant(_C(1, 90, 40, 2, 1, 32, 32, window=(20, 0)), sink=True),
+    "sink, few queries": Variant(_C(2, 1, 600, 6, 2, 32, 48), sink=True),
+    "sink, no keys": Variant(_C(1, 3, 0, 2, 2, 16, 16), sink=True),
+    "bias": Variant(_C(2, 70, 133, 4, 2, 24, 24, causal=False), bias=(2, 4, 70, 133)),
+    "bias of a head": Variant(_C(2, 70, 100, 4, 2, 24, 24), bias=(1, 4, 70, 100)),
+    "bias of a sequence": Variant(_C(3, 40, 100, 4, 2, 24, 24), bias=(3, 1, 40, 100)),
+    "bias of all": Variant(_C(2, 70, 100, 4, 2, 24, 24), bias=(1, 1, 70, 100)),
+    "bias of a key": Variant(_C(2, 70, 100, 4, 2, 24, 24), bias=(2, 1, 1, 100)),
+    "bias of a query": Variant(_C(2, 70, 101, 4, 2, 24, 24), bias=(2, 4, 70, 1)),
+    "bias, few queries": Variant(_C(2, 2, 301, 4, 2, 24, 24), bias=(2, 1, 2, 301)),
+    "mask": Variant(_C(2, 70, 133, 4, 2, 24, 24, causal=False), bias=(2, 4, 70, 133), mask=0.6),
+    "mask of a key": Variant(_C(2, 70, 133, 4, 2, 24, 24), bias=(2, 1, 1, 133), mask=0.5),
+    "mask of a query": Variant(_C(2, 70, 133, 4, 2, 24, 24), bias=(2, 1, 70, 1), mask=0.5),
+    "sparse mask": Variant(_C(1, 300, 300, 2, 1, 16, 16, causal=False), bias=(1, 2, 300, 300), mask=0.001),
+    "mask, few queries": Variant(_C(2, 2, 133, 4, 2, 24, 24), bias=(2, 4, 2, 133), mask=0.6),
+    "dropout": Variant(_C(2, 130, 210, 4, 2, 40, 24), dropout_p=0.4),
+    "dropout, few queries": Variant(_C(2, 3, 210, 4, 2, 40, 24, window=(77, 0)), dropout_p=0.4),
+    "varlen": Variant(
+        _C(1, 318, 275, 4, 2, 32, 16), lengths_q=(3, 0, 117, 1, 197), lengths_k=(5, 4, 117, 0, 149)
+    ),
+    "varlen, not causal": Variant(
+        _C(1, 130, 330, 2, 2, 32, 32, causal=False, window=(50, 9), layout="packed"),
+        lengths_q=(100, 30),
+        lengths_k=(300, 30),
+    ),
+    "varlen, everything": Variant(
+        _C(1, 221, 260, 4, 1, 32, 32, window=(60, 0)),
+        softcap=3.0,
+        slopes=(3, 4),
+        sink=True,
+        dropout_p=0.3,
+        lengths_q=(20, 101, 100),
+        lengths_k=(20, 101, 139),
+        seqused_k=(20, 60, 101),
+        leftpad_k=(0, 7, 20),
+    ),
+    "seqused_k": Variant(_C(3, 70, 200, 4, 2, 32, 32), seqused_k=(0, 70, 200)),
+    "seqused_k, few queries": Variant(_C(3, 2, 200, 4, 2, 32, 32), seqused_k=(1, 70, 200)),
+    "left padding": Variant(_C(3, 120, 120, 4, 2, 32, 32), leftpad_k=(0, 50, 120)),
+    "left padding, few queries": Variant(_C(3, 1, 120, 4, 2, 32, 32), leftpad_k=(0, 50, 120), slopes=(4,)),
+    "padding on both sides, bias": Variant(
+        _C(2, 60, 120, 4, 2, 32, 32), leftpad_k=(3, 50), seqused_k=(110, 120), bias=(2, 4, 60, 120)
+    ),
+    "padding on both sides, shared bias": Variant(
+        _C(2, 60, 120, 4, 2, 32, 32), leftpad_k=(3, 50), seqused_k=(110, 120), bias=(1, 1, 60, 120)
+    ),
+    "everything": Variant(
+        _C(2, 150, 170, 4, 2, 80, 72, causal=False, window=(90, 30), layout="packed"),
+        softcap=3.0,
+        slopes=(2, 4),
+        bias=(2, 4, 150, 170),
+        sink=True,
+        dropout_p=0.3,
+    ),
+}
+
+
 class DecodeCase(NamedTuple):
     sq: int
     appended: int

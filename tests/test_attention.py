@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from backends import AVAILABLE, DTYPES, assert_parity
-from cases import ATTENTION, AttentionCase
+from cases import ATTENTION, VARIANTS, AttentionCase, Variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,12 +54,14 @@ def plain_attention(
     scores = scores.masked_fill(hidden, -torch.inf)
     if sink is not None:  # one more column, without a value
         scores = torch.cat([scores, sink.to(q)[None, :, None, None].expand(batch, -1, sq, 1)], dim=-1)
-    probs = torch.softmax(scores, dim=-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)[
-        ..., :sk
-    ]
+    # Rows that see no key are taken out first: the gradients of their softmax and logsumexp would be NaN.
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0)
+    probs = torch.softmax(scores, dim=-1).masked_fill(empty, 0)[..., :sk]
     if keep is not None:
         probs = probs * keep / (1 - dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", probs, v), torch.logsumexp(scores, dim=-1)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", probs, v), lse
 
 
 def run(attention, inputs, dtype, grads=None):
@@ -114,10 +116,9 @@ def check_backward(case: AttentionCase, backend, dtype):
     exact = run(
         lambda *t: fastgpt.attention(*t, backend="reference", **options), inputs, torch.float64, grads
     )
-    # Plain PyTorch's own error comes from its autograd; rows that see no key make its gradients NaN.
     plain = run(lambda *t: plain_attention(*t, case.causal, case.window), inputs, dtype, grads)
     for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, plain, exact, strict=True):
-        assert_parity(name, a, b.nan_to_num(), c, factor=3)
+        assert_parity(name, a, b, c, factor=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,6 +126,130 @@ def check_backward(case: AttentionCase, backend, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_backward_parity(case: AttentionCase, backend, dtype):
     check_backward(case, backend, dtype)
+
+
+def variant_tensors(variant: Variant, dtype: torch.dtype):
+    """q, k, v, sink, bias and the fixed arguments of a call; None for what the variant has not."""
+    case = variant.case
+    q, k, v = case.inputs(dtype)
+    if variant.lengths_q is not None:
+        q, k, v = q[0], k[0], v[0]
+    sink = torch.randn(case.nheads) if variant.sink else None
+    bias = None if variant.bias is None else torch.randn(variant.bias)
+    if variant.mask:
+        bias = torch.rand(variant.bias) < variant.mask
+
+    def lengths(values, edges=False):
+        if values is None:
+            return None
+        values = torch.tensor(values)
+        return (torch.cat((torch.zeros(1), values.cumsum(0))) if edges else values).int()
+
+    fixed = {
+        "softcap": variant.softcap,
+        "alibi_slopes": None if variant.slopes is None else torch.rand(variant.slopes),
+        "dropout_p": variant.dropout_p,
+        "rng_state": torch.randint(2**50, (2,)) if variant.dropout_p else None,
+        "seqused_k": lengths(variant.seqused_k),
+        "leftpad_k": lengths(variant.leftpad_k),
+        "causal": case.causal,
+        "window_size": case.window,
+        "return_lse": True,
+    }
+    if variant.lengths_q is not None:
+        fixed["cu_seqlens_q"] = lengths(variant.lengths_q, edges=True)
+        fixed["cu_seqlens_k"] = lengths(variant.lengths_k, edges=True)
+    return (q, k, v, sink, bias), fixed
+
+
+def fused_variant(q, k, v, sink, bias, **fixed):
+    if "cu_seqlens_q" in fixed:
+        return fastgpt.attention_varlen(q, k, v, sink=sink, **fixed)
+    return fastgpt.attention(q, k, v, sink=sink, attn_bias=bias, **fixed)
+
+
+def plain_variant(variant: Variant, q, k, v, sink, bias, fixed):
+    """:func:`plain_attention`, sequence by sequence."""
+    case, packed = variant.case, variant.lengths_q is not None
+    batch = len(variant.lengths_q) if packed else case.batch
+    queries = variant.lengths_q or (case.sq,) * batch
+    keys = variant.lengths_k or (case.sk,) * batch
+    outs, lses = [], []
+    for b in range(batch):
+        of_q, rows = sum(queries[:b]), sum(keys[:b])
+        pad = 0 if variant.leftpad_k is None else variant.leftpad_k[b]
+        used = keys[b] if variant.seqused_k is None else variant.seqused_k[b]
+        if packed:
+            qb = q[None, of_q : of_q + queries[b]]
+            kb, vb = (t[None, rows + pad : rows + used] for t in (k, v))
+        else:
+            qb, kb, vb = q[b : b + 1], k[b : b + 1, pad:used], v[b : b + 1, pad:used]
+        slopes, own = fixed["alibi_slopes"], bias
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b : b + 1]
+        if own is not None:
+            own = own if own.shape[0] == 1 else own[b : b + 1]
+            own = own if own.shape[3] == 1 else own[..., pad:used]
+        keep = None
+        if variant.dropout_p:
+            shape = (1, case.nheads, qb.shape[1], kb.shape[1])
+            keep = reference.philox_keep(fixed["rng_state"], variant.dropout_p, shape, first_batch=b)
+        out, lse = plain_attention(
+            qb,
+            kb,
+            vb,
+            case.causal,
+            case.window,
+            softcap=variant.softcap,
+            slopes=slopes,
+            bias=own,
+            sink=sink,
+            keep=keep,
+            dropout_p=variant.dropout_p,
+        )
+        outs.append(out)
+        lses.append(lse)
+    if packed:
+        return torch.cat(outs, 1)[0], torch.cat(lses, 2)[0]
+    return torch.cat(outs), torch.cat(lses)
+
+
+def run_variant(attention, tensors, dtype, grads):
+    """(out, lse, gradients of q, k, v, sink, bias); sink and bias stay float32 for a 16-bit dtype."""
+    leaves = []
+    for i, t in enumerate(tensors):
+        if t is not None and t.is_floating_point():
+            t = t.detach().to(dtype if i < 3 or dtype == torch.float64 else torch.float32).requires_grad_()
+        leaves.append(t)
+    out, lse = attention(*leaves)
+    dout, dlse = grads
+    torch.autograd.backward([out, lse], [dout.to(out.dtype), dlse.masked_fill(lse.isinf(), 0).to(lse.dtype)])
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    return out.detach(), lse.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_parity(name, backend, dtype):
+    variant = VARIANTS[name]
+    inputs, fixed = variant_tensors(variant, dtype)
+    q, v = inputs[0], inputs[2]
+    dout = torch.randn(*q.shape[:-1], v.shape[-1]).to(dtype)
+    dlse = (
+        torch.randn(q.shape[1], q.shape[0])
+        if q.dim() == 3
+        else torch.randn(q.shape[0], q.shape[2], q.shape[1])
+    )
+    got = run_variant(lambda *t: fused_variant(*t, backend=backend, **fixed), inputs, dtype, (dout, dlse))
+    plain, exact = (
+        run_variant(lambda *t: plain_variant(variant, *t, fixed), inputs, d, (dout, dlse))
+        for d in (dtype, torch.float64)
+    )
+    names = ["out", "lse", "dq", "dk", "dv"]
+    names += ["dsink"] * (inputs[3] is not None) + ["dbias"] * (inputs[4] is not None and not variant.mask)
+    for what, a, b, c in zip(names, got, plain, exact, strict=True):
+        assert_parity(what, a, b, c, factor=3)
 
 
 OPTIONS = {
@@ -250,11 +375,6 @@ def test_varlen_equals_each_sequence_alone(backend):
     k = torch.randn(sum(lengths_k), 2, 16, requires_grad=True)
     v = torch.randn(sum(lengths_k), 2, 8, requires_grad=True)
     edges = [torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32) for x in (lengths_q, lengths_k)]
-    call = AttentionCall("cpu", torch.float32, 16, 8, ("varlen", "lse", "backward"))
-    if dispatch.implementation("attention", backend).unsupported(call):
-        with pytest.raises(fastgpt.BackendUnsupported, match="varlen"):
-            fastgpt.attention_varlen(q, k, v, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1], backend=backend)
-        return
     sink, dout, slopes = torch.randn(4), torch.randn(sum(lengths_q), 4, 8), torch.rand(4, 4)
     options = {"sink": sink, "window_size": (9, 0), "backend": backend, "return_lse": True}
     out, lse = fastgpt.attention_varlen(
@@ -441,7 +561,8 @@ def test_opcheck(backend, grad):
     torch.library.opcheck(torch.ops.fastgpt.attention_fwd.default, args)
 
 
-def test_opcheck_of_every_option():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck_of_every_option(backend):
     q, k, v = (torch.randn(2, 9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     tensors = AttentionTensors(
         alibi_slopes=torch.rand(2, 4),
@@ -449,7 +570,7 @@ def test_opcheck_of_every_option():
         attn_bias=torch.randn(1, 4, 9, 9, requires_grad=True),
         rng_state=torch.tensor([1, 2]),
     )
-    args = (q, k, v, *library.pack(AttentionSpec(0.3, 3, 0, 5.0, 0.2), tensors, "reference"))
+    args = (q, k, v, *library.pack(AttentionSpec(0.3, 3, 0, 5.0, 0.2), tensors, backend))
     torch.library.opcheck(torch.ops.fastgpt.attention_fwd.default, args)
 
 
@@ -534,9 +655,9 @@ def test_backward_takes_out_and_lse_in_any_layout(backend):
     q, k, v, dout = (torch.randn(2, 30, 3, 16) for _ in range(4))
     args = library.pack(AttentionSpec(0.25, -1, 0), AttentionTensors(), backend)
     out, lse = torch.ops.fastgpt.attention_fwd(q, k, v, *args)
-    expected = torch.ops.fastgpt.attention_bwd(dout, None, q, k, v, out, lse, *args)
+    expected = torch.ops.fastgpt.attention_bwd(dout, None, q, k, v, out, lse, False, *args)
     out, lse, dout = (t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in (out, lse, dout))
-    got = torch.ops.fastgpt.attention_bwd(dout, None, q, k, v, out, lse, *args)
+    got = torch.ops.fastgpt.attention_bwd(dout, None, q, k, v, out, lse, False, *args)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
 

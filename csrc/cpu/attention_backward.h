@@ -1,15 +1,18 @@
 // Attention backward: dq, dk, dv from dout and the saved out and lse (FlashAttention, Dao et al. 2022,
-// algorithm 4). With s = scale q k^T, p = exp(s - lse) and out = p v (attention_forward.h):
-//   dv = p^T dout                      dp = dout v^T
+// algorithm 4). With x = scale q k^T, s = the scores of scores.h, p = exp(s - lse), Z = what dropout
+// multiplies p by and out = (Z p) v (attention_forward.h):
+//   dv = (Z p)^T dout                  dp = Z (dout v^T)
 //   ds = p (dp - delta)                delta_i = sum_d dout_id out_id - dlse_i
-//   dq = scale ds k                    dk = scale ds^T q
+//   dx = ds (ds / dx)                  dbias = ds
+//   dq = scale dx k                    dk = scale dx^T q
+//   dsink = -sum_i exp(sink - lse_i) delta_i
 //
 // Shapes, dtypes and strides as in forward; gradients have their tensor's shape, storage rounded once
-// from fp32 accumulators. One unit of work = one kv head: its thread walks over all query heads of the
-// group, key blocks and query blocks in a fixed order, so nothing is added atomically and the bits do not
-// depend on the number of threads. p is recomputed from lse, in base 2.
+// from fp32 accumulators. One unit of work = one kv head (with dbias: all that share a part of it): its
+// thread walks over all query heads of the group, key blocks and query blocks in a fixed order, so nothing is
+// added atomically and the bits do not depend on the number of threads. p is recomputed from lse, in base 2.
 //
-// Rows that see no key (lse = -inf) give 0. Error bound: tests/test_attention.py::test_backward_parity.
+// Rows that see no key (lse = -inf) give 0. Error bound: tests/test_attention.py::test_parity.
 
 constexpr int64_t kGradBlock = 96;  // queries and keys of a block: whole register tiles in both directions
 static_assert(kGradBlock % kTileRows == 0 && kGradBlock % kTileCols == 0, "a block is whole register tiles");
@@ -17,22 +20,23 @@ static_assert(kGradBlock % kTileRows == 0 && kGradBlock % kTileCols == 0, "a blo
 template <class T>
 struct AttentionBackward {
   const AttentionBackwardParams& p;
-  int64_t sq = p.seqlen_q, sk = p.seqlen_k, dim = p.headdim, dim_v = p.headdim_v;
+  int64_t dim = p.headdim, dim_v = p.headdim_v;
   int64_t width = round_up(dim, kLanes), width_v = round_up(dim_v, kLanes);
-  int64_t sq_padded = round_up(sq, kTileRows), sk_padded = round_up(sk, kTileCols* kTileRows);
-  Mask mask{sq, sk, p.window_left, p.window_right};
+  bool terms = has_score_terms(p);
 
-  // What one thread holds: a kv head, then one of its query heads, then the block at hand.
+  // What one thread holds: a sequence, a kv head of it, one of its query heads, then the block at hand.
   // "panels" are the operand of products over the head dim, "rows" of products over keys or queries.
   struct Workspace {
+    int64_t b, h, sq, sk;
+    Mask mask{0, 0, 0, 0};
     float *k_panels, *k_rows, *v_panels, *dk, *dv;
     float *q_panels, *q_rows, *dout_panels, *dout_rows, *dq, *lse, *delta;
-    float *probs, *dscores;
+    float *probs, *dscores, *derivatives, *keep;
   };
 
-  // Lays the workspace out from `base`; returns its size.
-  int64_t lay_out(Workspace& w, float* base) const {
-    int64_t size = 0;
+  // Lays the workspace out from `base`, for sequences of up to sq queries and sk keys; returns its size.
+  int64_t lay_out(Workspace& w, float* base, int64_t sq, int64_t sk) const {
+    int64_t sq_padded = round_up(sq, kTileRows), sk_padded = round_up(sk, kTileCols * kTileRows), size = 0;
     auto take = [&](float*& field, int64_t floats) {
       field = base + size;
       size += round_up(floats, 16) + 16;  // packing writes up to a vector past the end
@@ -47,52 +51,72 @@ struct AttentionBackward {
     take(w.dout_panels, sq_padded * dim_v);
     take(w.dout_rows, sq * width_v);
     take(w.dq, sq_padded * width);
-    take(w.lse, sq_padded);
-    take(w.delta, sq_padded);
+    take(w.lse, sq_padded + kLanes);
+    take(w.delta, sq_padded + kLanes);
     take(w.probs, kGradBlock * kGradBlock);
     take(w.dscores, kGradBlock * kGradBlock);
+    take(w.derivatives, p.softcap ? kGradBlock * kGradBlock : 0);
+    take(w.keep, p.dropout_threshold ? kGradBlock + 4 * kLanes : 0);
     return size;
   }
 
   void run() {
-    int64_t kv_heads = p.batch * p.nheads_k;
-    int threads = static_cast<int>(max(1, min(p.num_threads, kv_heads)));
+    // Along an axis that dbias is broadcast over, one unit does everything.
+    bool shares_batch = p.dbias.data && p.dbias.batch_stride == 0;
+    bool shares_heads = p.dbias.data && p.dbias.head_stride == 0;
+    int64_t units_b = shares_batch ? min(p.batch, 1) : p.batch, units_h = shares_heads ? 1 : p.nheads_k;
+    int threads = static_cast<int>(max(1, min(p.num_threads, units_b * units_h)));
+    int64_t sq = 0, sk = 0;
+    for (int64_t b = 0; b < p.batch; b++) sq = max(sq, p.queries(b)), sk = max(sk, p.keys(b));
     Workspace unused;
-    int64_t thread_size = lay_out(unused, nullptr);
+    int64_t thread_size = lay_out(unused, nullptr, sq, sk);
     float* workspaces = scratch(threads * thread_size);
     int64_t unit_counter = 0, thread_counter = 0;
 #pragma omp parallel num_threads(threads)
     {
       Workspace w;
-      lay_out(w, workspaces + next_unit(&thread_counter) * thread_size);
-      for (int64_t u; (u = next_unit(&unit_counter)) < kv_heads;) kv_head(u / p.nheads_k, u % p.nheads_k, w);
+      lay_out(w, workspaces + next_unit(&thread_counter) * thread_size, sq, sk);
+      for (int64_t u; (u = next_unit(&unit_counter)) < units_b * units_h;) {
+        int64_t b = u / units_h, h = u % units_h;
+        for (int64_t i = b; i < (shares_batch ? p.batch : b + 1); i++)
+          for (int64_t j = h; j < (shares_heads ? p.nheads_k : h + 1); j++) kv_head(i, j, w);
+      }
     }
   }
 
-  void kv_head(int64_t b, int64_t h_k, const Workspace& w) {
-    Rows<const T> k = rows_of<const T>(p.k, b, h_k), v = rows_of<const T>(p.v, b, h_k);
-    pack_panels<kTileCols>(k.data, k.stride, sk, dim, 1.0f, w.k_panels);
-    pack_panels<kTileCols>(v.data, v.stride, sk, dim_v, 1.0f, w.v_panels);
-    pack_rows(k.data, k.stride, sk, dim, 1.0f, w.k_rows, width);
+  void kv_head(int64_t b, int64_t h_k, Workspace& w) {
+    w.b = b;
+    w.sq = p.queries(b);
+    w.sk = p.keys(b);
+    w.mask = Mask(w.sq, w.sk, p.window_left, p.window_right);
+    int64_t sk_padded = round_up(w.sk, kTileCols * kTileRows);
+    Rows<const T> k = rows_of<const T>(p.k, b, h_k, p.first_key_row(b));
+    Rows<const T> v = rows_of<const T>(p.v, b, h_k, p.first_key_row(b));
+    pack_panels<kTileCols>(k, w.sk, dim, 1.0f, w.k_panels);
+    pack_panels<kTileCols>(v, w.sk, dim_v, 1.0f, w.v_panels);
+    pack_rows(k, w.sk, dim, 1.0f, w.k_rows, width);
     fill_zero(w.dk, sk_padded * width);
     fill_zero(w.dv, sk_padded * width_v);
     int64_t group = p.nheads / p.nheads_k;
-    for (int64_t h = h_k * group; h < (h_k + 1) * group; h++) query_head(b, h, w);
-    write_rows(rows_of<T>(p.dk, b, h_k), w.dk, width, sk, dim, 1.0f);
-    write_rows(rows_of<T>(p.dv, b, h_k), w.dv, width_v, sk, dim_v, 1.0f);
+    for (int64_t h = h_k * group; h < (h_k + 1) * group; h++) query_head(h, w);
+    write_keys(p.dk, b, h_k, w.dk, width, w.sk, dim, 1.0f);
+    write_keys(p.dv, b, h_k, w.dv, width_v, w.sk, dim_v, p.dropout_scale);
   }
 
-  void query_head(int64_t b, int64_t h, const Workspace& w) {
-    Rows<const T> q = rows_of<const T>(p.q, b, h), dout = rows_of<const T>(p.dout, b, h);
-    Rows<const T> out = rows_of<const T>(p.out, b, h);
-    pack_panels<kTileRows>(q.data, q.stride, sq, dim, p.softmax_scale * kLog2e, w.q_panels);
-    pack_rows(q.data, q.stride, sq, dim, p.softmax_scale, w.q_rows, width);
-    pack_panels<kTileRows>(dout.data, dout.stride, sq, dim_v, 1.0f, w.dout_panels);
-    pack_rows(dout.data, dout.stride, sq, dim_v, 1.0f, w.dout_rows, width_v);
+  void query_head(int64_t h, Workspace& w) {
+    int64_t sq = w.sq, sq_padded = round_up(sq, kTileRows), first_row = p.first_query_row(w.b);
+    w.h = h;
+    Rows<const T> q = rows_of<const T>(p.q, w.b, h, first_row);
+    Rows<const T> dout = rows_of<const T>(p.dout, w.b, h, first_row);
+    Rows<const T> out = rows_of<const T>(p.out, w.b, h, first_row);
+    pack_panels<kTileRows>(q, sq, dim, p.softmax_scale * kLog2e, w.q_panels);
+    pack_rows(q, sq, dim, p.softmax_scale, w.q_rows, width);
+    pack_panels<kTileRows>(dout, sq, dim_v, 1.0f, w.dout_panels);
+    pack_rows(dout, sq, dim_v, 1.0f, w.dout_rows, width_v);
     fill_zero(w.dq, sq_padded * width);
-    const float* lse = p.lse + (b * p.nheads + h) * sq;
-    const float* dlse = p.dlse ? p.dlse + (b * p.nheads + h) * sq : nullptr;
-    for (int64_t i = 0; i < sq_padded; i++) {
+    const float* lse = p.lse + p.lse_row(w.b, h);
+    const float* dlse = p.dlse ? p.dlse + p.lse_row(w.b, h) : nullptr;
+    for (int64_t i = 0; i < round_up(sq_padded, kLanes); i++) {
       // +inf makes p = 0: in rows that see no key and in the padding of the last register tile.
       w.lse[i] = i < sq && lse[i] != -kInf ? lse[i] * kLog2e : kInf;
       vf sum = vf{};
@@ -100,21 +124,29 @@ struct AttentionBackward {
         sum += load(w.dout_rows + i * width_v + d) * load_upto(out[i] + d, dim_v - d);
       w.delta[i] = i < sq ? horizontal_sum(sum) - (dlse ? dlse[i] : 0.0f) : 0.0f;
     }
-    for (int64_t key = 0; key < sk; key += kGradBlock) {
-      int64_t key_end = min(key + kGradBlock, sk);
-      int64_t begin = mask.first_query(key) / kGradBlock * kGradBlock, end = mask.last_query(key_end - 1, sq);
+    if (p.dsink) {
+      vf sum = vf{}, sink = splat(p.sink[h] * kLog2e);
+      for (int64_t i = 0; i < sq; i += kLanes) sum += exp2(sink - load(w.lse + i)) * load(w.delta + i);
+      p.dsink[w.b * p.nheads + h] = -horizontal_sum(sum);
+    }
+    for (int64_t key = 0; key < w.sk; key += kGradBlock) {
+      int64_t key_end = min(key + kGradBlock, w.sk);
+      int64_t begin = w.mask.first_query(key) / kGradBlock * kGradBlock;
+      int64_t end = w.mask.last_query(key_end - 1, sq);
       for (int64_t query = begin; query < end; query += kGradBlock) block(query, key, key_end, w);
     }
-    write_rows(rows_of<T>(p.dq, b, h), w.dq, width, sq, dim, p.softmax_scale);
+    write_rows(rows_of<T>(p.dq, w.b, h, first_row), w.dq, width, sq, dim, p.softmax_scale);
   }
 
   // Adds one (queries, keys) block's share to dq, dk and dv.
-  void block(int64_t query, int64_t key, int64_t key_end, const Workspace& w) {
-    int64_t query_end = min(query + kGradBlock, sq);
+  void block(int64_t query, int64_t key, int64_t key_end, Workspace& w) {
+    int64_t query_end = min(query + kGradBlock, w.sq);
+    if (hidden_by_bias(p, w.b, w.h, query, query_end - query, key, key_end)) return;
     for (int64_t i = query; i < query_end; i += kTileRows) {
       int64_t last = min(i + kTileRows, query_end) - 1;
-      float *probs = w.probs + (i - query) * kGradBlock, *dscores = w.dscores + (i - query) * kGradBlock;
-      int64_t begin = max(mask.begin(i), key), end = min(mask.end(last), key_end);
+      int64_t tile = (i - query) * kGradBlock;
+      float *probs = w.probs + tile, *dscores = w.dscores + tile, *derivatives = nullptr;
+      int64_t begin = max(w.mask.begin(i), key), end = min(w.mask.end(last), key_end);
       if (begin >= end) begin = end = key;
       begin = (begin - key) / kTileCols * kTileCols;  // from here on, columns of the block
       end -= key;
@@ -127,28 +159,42 @@ struct AttentionBackward {
                                                                     w.v_panels + (key + c) * dim_v, kTileCols,
                                                                     dscores + c, kGradBlock, nullptr);
       }
-      if (mask.begin(last) > key + begin || mask.end(i) < key + end_vector)
-        mask_tile(mask, i, last - i + 1, key, begin, end_vector, probs, kGradBlock);
+      if (p.softcap) derivatives = w.derivatives + tile;
+      if (terms)
+        add_score_terms(p, w.b, w.h, i, last - i + 1, key, begin, end_vector, probs, kGradBlock, derivatives);
+      if (w.mask.begin(last) > key + begin || w.mask.end(i) < key + end_vector)
+        mask_tile(w.mask, i, last - i + 1, key, begin, end_vector, probs, kGradBlock);
       for (int64_t r = 0; r < kTileRows; r++) {
         float *p_row = probs + r * kGradBlock, *ds_row = dscores + r * kGradBlock;
         vf lse = splat(w.lse[i + r]), delta = splat(w.delta[i + r]);
+        if (p.dropout_threshold)
+          dropout_row(p, w.b, w.h, i + r, key + begin, end_vector - begin, w.keep + begin);
         fill_zero(p_row, begin);  // the products below read whole blocks of keys
         fill_zero(ds_row, begin);
         for (int64_t c = begin; c < end_vector; c += kLanes) {
-          vf prob = exp2(load(p_row + c) - lse);
-          store(p_row + c, prob);
-          store(ds_row + c, prob * (load(ds_row + c) - delta));
+          vf prob = exp2(load(p_row + c) - lse), dprob = load(ds_row + c), kept = prob;
+          if (p.dropout_threshold) {
+            vf keep = load(w.keep + c);
+            dprob *= keep * p.dropout_scale;
+            kept *= keep;
+          }
+          store(p_row + c, kept);
+          store(ds_row + c, prob * (dprob - delta));
         }
         fill_zero(p_row + end_vector, kGradBlock - end_vector);
         fill_zero(ds_row + end_vector, kGradBlock - end_vector);
+        if (i + r > last) continue;
+        if (p.dbias.data) add_to_bias(i + r, key, begin, end, ds_row, w);
+        for (int64_t c = begin; derivatives && c < end_vector; c += kLanes)
+          store(ds_row + c, load(ds_row + c) * load(derivatives + r * kGradBlock + c));
       }
       tile_product<Update::add, kGradBlock, 1>(end - begin, width, dscores + begin,
                                                w.k_rows + (key + begin) * width, width, w.dq + i * width,
                                                width, nullptr);
     }
     for (int64_t j = key; j < key_end; j += kTileRows) {
-      int64_t begin = max(mask.first_query(j), query);
-      int64_t end = min(mask.last_query(min(j + kTileRows, key_end) - 1, sq), query_end);
+      int64_t begin = max(w.mask.first_query(j), query);
+      int64_t end = min(w.mask.last_query(min(j + kTileRows, key_end) - 1, w.sq), query_end);
       if (begin >= end) continue;
       int64_t corner = (begin - query) * kGradBlock + j - key;
       tile_product<Update::add, 1, kGradBlock>(end - begin, width_v, w.probs + corner,
@@ -160,10 +206,35 @@ struct AttentionBackward {
     }
   }
 
+  // dbias += ds for query i and the block's columns [begin, end).
+  void add_to_bias(int64_t i, int64_t key, int64_t begin, int64_t end, const float* ds, const Workspace& w) {
+    const BiasTensor<float>& t = p.dbias;
+    float* row = t.data + w.b * t.batch_stride + w.h * t.head_stride + i * t.query_stride;
+    if (t.key_stride == 0) {
+      vf sum = vf{};
+      for (int64_t c = begin; c < end; c += kLanes) sum += load(ds + c);
+      *row += horizontal_sum(sum);
+      return;
+    }
+    row += key + (p.leftpad_k ? p.leftpad_k[w.b] : 0);
+    for (int64_t c = begin; c < end; c += kLanes)
+      store_upto(row + c, load_upto(row + c, end - c) + load(ds + c), end - c);
+  }
+
   static void write_rows(Rows<T> target, const float* source, int64_t source_width, int64_t rows, int64_t n,
                          float factor) {
     for (int64_t i = 0; i < rows; i++)
       for (int64_t d = 0; d < n; d += kLanes)
         store_upto(target[i] + d, load(source + i * source_width + d) * factor, n - d);
+  }
+
+  // The gradients of the keys that sequence b uses; 0 for its other rows.
+  void write_keys(const Tensor& gradient, int64_t b, int64_t h_k, const float* source, int64_t source_width,
+                  int64_t keys, int64_t n, float factor) {
+    int64_t before = p.leftpad_k ? p.leftpad_k[b] : 0, rows = p.key_rows(b);
+    Rows<T> target = rows_of<T>(gradient, b, h_k, p.first_key_row(b) - before);
+    write_rows(target.from(before), source, source_width, keys, n, factor);
+    for (int64_t i = 0; i < rows; i++)
+      if (i < before || i >= before + keys) __builtin_memset(target[i], 0, n * sizeof(T));
   }
 };

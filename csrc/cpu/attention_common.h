@@ -9,12 +9,34 @@ struct Rows {
   T* data;
   int64_t stride;
   FASTGPT_INLINE T* operator[](int64_t i) const { return data + i * stride; }
+  FASTGPT_INLINE Rows from(int64_t i) const { return {data + i * stride, stride}; }
 };
 
 template <class T>
-FASTGPT_INLINE Rows<T> rows_of(const Tensor& t, int64_t b, int64_t h) {
-  return {static_cast<T*>(t.data) + b * t.batch_stride + h * t.head_stride, t.seq_stride};
+FASTGPT_INLINE Rows<T> rows_of(const Tensor& t, int64_t b, int64_t h, int64_t first_row) {
+  return {static_cast<T*>(t.data) + b * t.batch_stride + h * t.head_stride + first_row * t.seq_stride,
+          t.seq_stride};
 }
+
+// Units of work, numbered through the batch, of which sequence b has starts[b + 1] - starts[b].
+struct Units {
+  int64_t batch, *starts;
+
+  template <class Count>
+  Units(int64_t size, int64_t* memory, const Count& count) : batch(size), starts(memory) {
+    starts[0] = 0;
+    for (int64_t b = 0; b < batch; b++) starts[b + 1] = starts[b] + count(b);
+  }
+  int64_t total() const { return starts[batch]; }
+  int64_t sequence_of(int64_t unit) const {
+    int64_t low = 0, high = batch;
+    while (high - low > 1) {
+      int64_t middle = (low + high) / 2;
+      (starts[middle] <= unit ? low : high) = middle;
+    }
+    return low;
+  }
+};
 
 FASTGPT_INLINE int64_t next_unit(int64_t* counter) {
   return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);

@@ -1,7 +1,8 @@
-// Attention forward: out = softmax(scale q k^T + mask) v and lse = log sum exp of each row.
+// Attention forward: out = dropout(softmax(s)) v and lse = log sum exp of each row of scores s, with the
+// terms of scores.h and the mask; a sink is one more score of each row, without a value.
 //
-// q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) in fp32, bf16 or fp16, any strides whose last is 1;
-// arithmetic, m, l and the accumulator in fp32. Storage is rounded once, at the end.
+// q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), or packed sequences, in fp32, bf16 or fp16, any
+// strides whose last is 1; arithmetic, m, l and the accumulator in fp32. Storage is rounded once, at the end.
 //
 // First K of every kv head is packed into panels of kTileCols keys (element-major) and V is widened to
 // fp32 rows; both once per call, and used by all query tiles and all query heads of the group. Then one
@@ -9,9 +10,10 @@
 // softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in base 2: scores carry scale * log2(e).
 // Key blocks end where the last row of a register tile ends, so causal masking costs half, and only
 // register tiles that cross an edge are masked. Units are taken largest first within a head; each
-// writes its own rows, so the bits do not depend on the number of threads.
+// writes its own rows, so the bits do not depend on the number of threads. Register tiles that a boolean bias
+// hides whole are skipped.
 //
-// A row that sees no key: out = 0, lse = -inf. Error bound: tests/test_attention.py::test_forward_parity.
+// A row that sees no key: out = 0, lse = -inf (the sink). Error bound: tests/test_attention.py::test_parity.
 
 constexpr int64_t kQueryTile = 8 * kTileRows;
 constexpr int64_t kKeyBlock = 4 * kTileCols;
@@ -59,59 +61,76 @@ template <class T>
 struct AttentionForward {
   const AttentionParams& p;
   int64_t v_width = round_up(p.headdim_v, kLanes);
-  int64_t k_size = round_up(p.seqlen_k, kTileCols) * p.headdim;  // packed K of one head
-  int64_t v_size = p.seqlen_k * v_width;
   int64_t q_tile_size = kQueryTile * p.headdim + kLanes;
   int64_t o_tile_size = kQueryTile * v_width;
-  int64_t thread_size = round_up(q_tile_size + kTileRows * kKeyBlock + o_tile_size, 16);
+  int64_t keep_size = p.dropout_threshold ? kKeyBlock + 4 * kLanes : 0;
+  int64_t thread_size = round_up(q_tile_size + kTileRows * kKeyBlock + o_tile_size + keep_size, 16);
+  bool terms = has_score_terms(p);
+
+  static constexpr int64_t kChunkKeys = 8 * kTileCols;  // packed as one unit
 
   void run() {
-    int64_t kv_heads = p.batch * p.nheads_k, group = p.nheads / p.nheads_k;
-    int64_t query_tiles = (p.seqlen_q + kQueryTile - 1) / kQueryTile;
-    int64_t key_chunk = 8 * kTileCols, key_chunks = (p.seqlen_k + key_chunk - 1) / key_chunk;
-    float* packed_k = scratch(kv_heads * (k_size + v_size) + kLanes + p.num_threads * thread_size);
-    float* packed_v = packed_k + kv_heads * k_size + kLanes;
-    float* workspaces = packed_v + kv_heads * v_size;
+    int64_t group = p.nheads / p.nheads_k;
+    int64_t units_size = round_up(2 * (p.batch + 1), 16);  // of one Units, in floats
+    int64_t keys = 0;
+    for (int64_t b = 0; b < p.batch; b++) keys += round_up(p.keys(b), kTileCols);
+    int64_t packed_size = keys * p.nheads_k * (p.headdim + v_width) + kLanes;
+    float* memory = scratch(3 * units_size + packed_size + p.num_threads * thread_size);
+    auto units_memory = [&](int i) { return reinterpret_cast<int64_t*>(memory + i * units_size); };
+    // K and V of (b, h) lie behind those of the sequences before b, and of b's heads before h.
+    Units slots(p.batch, units_memory(0), [&](int64_t b) { return round_up(p.keys(b), kTileCols); });
+    Units chunks(p.batch, units_memory(1),
+                 [&](int64_t b) { return (p.keys(b) + kChunkKeys - 1) / kChunkKeys * p.nheads_k; });
+    Units tiles(p.batch, units_memory(2),
+                [&](int64_t b) { return (p.queries(b) + kQueryTile - 1) / kQueryTile * p.nheads; });
+    float* packed_k = memory + 3 * units_size;
+    float* packed_v = packed_k + keys * p.nheads_k * p.headdim + kLanes;
+    float* workspaces = memory + 3 * units_size + packed_size;
+    auto slot = [&](int64_t b, int64_t h) {
+      return slots.starts[b] * p.nheads_k + h * (slots.starts[b + 1] - slots.starts[b]);
+    };
     int64_t pack_counter = 0, unit_counter = 0, thread_counter = 0;
 
 #pragma omp parallel num_threads(p.num_threads)
     {
-      for (int64_t u; (u = next_unit(&pack_counter)) < kv_heads * key_chunks;) {
-        int64_t head = u / key_chunks, first = u % key_chunks * key_chunk;
-        int64_t b = head / p.nheads_k, h = head % p.nheads_k, keys = min(key_chunk, p.keys(b) - first);
-        if (keys <= 0) continue;
-        Rows<const T> k = rows_of<const T>(p.k, b, h), v = rows_of<const T>(p.v, b, h);
-        pack_panels<kTileCols>(k[first], k.stride, keys, p.headdim, 1.0f,
-                               packed_k + head * k_size + first * p.headdim);
-        pack_rows(v[first], v.stride, keys, p.headdim_v, 1.0f, packed_v + head * v_size + first * v_width,
-                  v_width);
+      for (int64_t u; (u = next_unit(&pack_counter)) < chunks.total();) {
+        int64_t b = chunks.sequence_of(u), in_b = u - chunks.starts[b];
+        int64_t h = in_b % p.nheads_k, first = in_b / p.nheads_k * kChunkKeys;
+        int64_t n = min(kChunkKeys, p.keys(b) - first), at = slot(b, h) + first;
+        Rows<const T> k = rows_of<const T>(p.k, b, h, p.first_key_row(b));
+        Rows<const T> v = rows_of<const T>(p.v, b, h, p.first_key_row(b));
+        pack_panels<kTileCols>(k.from(first), n, p.headdim, 1.0f, packed_k + at * p.headdim);
+        pack_rows(v.from(first), n, p.headdim_v, 1.0f, packed_v + at * v_width, v_width);
       }
 #pragma omp barrier
       float* workspace = workspaces + next_unit(&thread_counter) * thread_size;
-      for (int64_t u; (u = next_unit(&unit_counter)) < p.batch * p.nheads * query_tiles;) {
-        int64_t bh = u / query_tiles, tile = query_tiles - 1 - u % query_tiles;
-        int64_t b = bh / p.nheads, h = bh % p.nheads, kv_head = b * p.nheads_k + h / group;
-        query_tile(b, h, tile * kQueryTile, packed_k + kv_head * k_size, packed_v + kv_head * v_size,
-                   workspace);
+      for (int64_t u; (u = next_unit(&unit_counter)) < tiles.total();) {
+        int64_t b = tiles.sequence_of(u), in_b = u - tiles.starts[b];
+        int64_t of_head = (tiles.starts[b + 1] - tiles.starts[b]) / p.nheads;
+        int64_t h = in_b / of_head, tile = of_head - 1 - in_b % of_head, at = slot(b, h / group);
+        query_tile(b, h, tile * kQueryTile, packed_k + at * p.headdim, packed_v + at * v_width, workspace);
       }
     }
   }
 
   void query_tile(int64_t b, int64_t h, int64_t first_query, const float* k, const float* v,
                   float* workspace) {
-    Mask mask(p.seqlen_q, p.keys(b), p.window_left, p.window_right);
-    int64_t rows = min(kQueryTile, p.seqlen_q - first_query);
+    Mask mask(p.queries(b), p.keys(b), p.window_left, p.window_right);
+    int64_t rows = min(kQueryTile, p.queries(b) - first_query);
     int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     float *q = workspace, *scores = q + q_tile_size, *o = scores + kTileRows * kKeyBlock;
+    float* keep = o + o_tile_size;
     RowState state[kQueryTile / kTileRows];
+    float sink = p.sink ? p.sink[h] * kLog2e : -kInf;
     for (int64_t t = 0; t < tiles; t++)
       for (int r = 0; r < kTileRows; r++) {
-        state[t].m[r] = -kInf;
+        state[t].m[r] = sink;
         store(state[t].l[r], vf{});
+        state[t].l[r][0] = sink == -kInf ? 0.0f : 1.0f;
       }
     for (int64_t i = 0; i < tiles * kTileRows * v_width; i += kLanes) store(o + i, vf{});
-    Rows<const T> source = rows_of<const T>(p.q, b, h);
-    pack_panels<kTileRows>(source[first_query], source.stride, rows, p.headdim, p.softmax_scale * kLog2e, q);
+    Rows<const T> source = rows_of<const T>(p.q, b, h, p.first_query_row(b) + first_query);
+    pack_panels<kTileRows>(source, rows, p.headdim, p.softmax_scale * kLog2e, q);
 
     int64_t last_key = mask.end(first_query + rows - 1);
     for (int64_t block = mask.begin(first_query) / kKeyBlock * kKeyBlock; block < last_key;
@@ -119,7 +138,7 @@ struct AttentionForward {
       for (int64_t t = 0; t < tiles; t++) {
         int64_t i = first_query + t * kTileRows, n = min(kTileRows, rows - t * kTileRows);
         int64_t begin = max(mask.begin(i), block), end = min(mask.end(i + n - 1), block + kKeyBlock);
-        if (begin >= end) continue;
+        if (begin >= end || hidden_by_bias(p, b, h, i, n, begin, end)) continue;
         begin = begin / kTileCols * kTileCols - block;  // from here on, columns of the block
         end -= block;
         for (int64_t c = begin; c < end; c += kTileCols)
@@ -127,22 +146,30 @@ struct AttentionForward {
               p.headdim, q + t * kTileRows * p.headdim, k + (block + c) * p.headdim, kTileCols, scores + c,
               kKeyBlock, nullptr);
         int64_t end_vector = round_up(end, kLanes);
+        if (terms) add_score_terms(p, b, h, i, n, block, begin, end_vector, scores, kKeyBlock, nullptr);
         if (mask.begin(i + n - 1) > block + begin || mask.end(i) < block + end_vector)
           mask_tile(mask, i, n, block, begin, end_vector, scores, kKeyBlock);
         online_softmax(state[t], scores, begin, end_vector);
+        for (int64_t r = 0; p.dropout_threshold && r < n; r++) {
+          dropout_row(p, b, h, i + r, block + begin, end_vector - begin, keep);
+          for (int64_t c = begin; c < end_vector; c += kLanes) {
+            float* s = scores + r * kKeyBlock + c;
+            store(s, load(s) * load(keep + c - begin));
+          }
+        }
         tile_product<Update::rescale, kKeyBlock, 1>(end - begin, v_width, scores + begin,
                                                     v + (block + begin) * v_width, v_width,
                                                     o + t * kTileRows * v_width, v_width, state[t].rescale);
       }
 
-    Rows<T> out = rows_of<T>(p.out, b, h);
-    float* lse = p.lse + (b * p.nheads + h) * p.seqlen_q + first_query;
+    Rows<T> out = rows_of<T>(p.out, b, h, p.first_query_row(b) + first_query);
+    float* lse = p.lse + p.lse_row(b, h) + first_query;
     for (int64_t r = 0; r < rows; r++) {
       const RowState& s = state[r / kTileRows];
       float m = s.m[r % kTileRows], l = horizontal_sum(load(s.l[r % kTileRows]));
-      float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+      float inverse = l == 0.0f ? 0.0f : p.dropout_scale / l;
       for (int64_t d = 0; d < p.headdim_v; d += kLanes)
-        store_upto(out[first_query + r] + d, load(o + r * v_width + d) * inverse, p.headdim_v - d);
+        store_upto(out[r] + d, load(o + r * v_width + d) * inverse, p.headdim_v - d);
       lse[r] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;
     }
   }

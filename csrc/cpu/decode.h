@@ -1,5 +1,5 @@
 // Attention of a few queries over a KV cache (Flash-Decoding, Dao et al. 2023): appends the new keys and
-// values, then out = softmax(scale q k^T + mask) v as in attention_forward.h, for few rows per kv head.
+// values, then out = softmax(s) v as in attention_forward.h, for few rows per kv head.
 //
 // Caches (B, capacity, Hk, D) and (B, capacity, Hk, Dv) in fp32, bf16 or fp16, read once, where they lie:
 // this kernel is bound by memory. The rows of one kv head are all query heads of its group times the
@@ -122,6 +122,7 @@ struct Decode {
   int64_t state_size = rows * width_v + 2 * round_up(rows, kLanes);
   int64_t thread_size = round_up(rows * width + rows * kDecodeBlock, 16);
   float *states = nullptr, *workspaces = nullptr;
+  bool terms = has_score_terms(p);
 
   void run() {
     int64_t kv_bytes = p.batch * p.nheads_k * p.seqlen_k * (p.headdim + p.headdim_v) * sizeof(T);
@@ -157,9 +158,9 @@ struct Decode {
   void append(int64_t b, int64_t token) {
     int64_t position = p.keys(b) - p.seqlen_new + token;
     for (int64_t h = 0; h < p.nheads_k; h++) {
-      Rows<T> k = rows_of<T>(p.k, b, h), v = rows_of<T>(p.v, b, h);
-      __builtin_memcpy(k[position], rows_of<const T>(p.k_new, b, h)[token], p.headdim * sizeof(T));
-      __builtin_memcpy(v[position], rows_of<const T>(p.v_new, b, h)[token], p.headdim_v * sizeof(T));
+      Rows<T> k = rows_of<T>(p.k, b, h, 0), v = rows_of<T>(p.v, b, h, 0);
+      __builtin_memcpy(k[position], rows_of<const T>(p.k_new, b, h, token)[0], p.headdim * sizeof(T));
+      __builtin_memcpy(v[position], rows_of<const T>(p.v_new, b, h, token)[0], p.headdim_v * sizeof(T));
     }
   }
 
@@ -171,13 +172,13 @@ struct Decode {
   void part(int64_t b, int64_t h_k, int64_t index, float* state, float* workspace) {
     if (index >= parts(b)) return;
     Mask mask(p.seqlen_q, p.keys(b), p.window_left, p.window_right);
-    Rows<const T> k = rows_of<const T>(p.k, b, h_k), v = rows_of<const T>(p.v, b, h_k);
+    Rows<const T> k = rows_of<const T>(p.k, b, h_k, p.first_key_row(b));
+    Rows<const T> v = rows_of<const T>(p.v, b, h_k, p.first_key_row(b));
     float *acc = state, *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
     float *q = workspace, *scores = q + rows * width;
     for (int64_t g = 0; g < group; g++) {
-      Rows<const T> source = rows_of<const T>(p.q, b, h_k * group + g);
-      pack_rows(source.data, source.stride, p.seqlen_q, p.headdim, p.softmax_scale * kLog2e,
-                q + g * p.seqlen_q * width, width);
+      Rows<const T> source = rows_of<const T>(p.q, b, h_k * group + g, 0);
+      pack_rows(source, p.seqlen_q, p.headdim, p.softmax_scale * kLog2e, q + g * p.seqlen_q * width, width);
     }
     fill_zero(acc, rows * width_v);
     for (int64_t r = 0; r < rows; r++) m[r] = -kInf, l[r] = 0.0f;
@@ -196,6 +197,9 @@ struct Decode {
       });
       for (int64_t r = 0; r < rows; r++) {
         int64_t i = r % p.seqlen_q;
+        if (terms)
+          add_score_terms(p, b, h_k * group + r / p.seqlen_q, i, 1, j, 0, round_up(keys, kLanes),
+                          scores + r * kDecodeBlock, kDecodeBlock, nullptr);
         softmax_row(scores + r * kDecodeBlock, mask.begin(i) - j, mask.end(i) - j, keys, m[r], l[r],
                     acc + r * width_v);
       }
@@ -253,13 +257,14 @@ struct Decode {
   void merge(int64_t b, int64_t h_k, float* head_states) {
     int64_t count = parts(b);
     for (int64_t r = 0; r < rows; r++) {
-      float m = -kInf, l = 0.0f;
+      int64_t h = h_k * group + r / p.seqlen_q, i = r % p.seqlen_q;
+      float sink = p.sink ? p.sink[h] * kLog2e : -kInf, m = sink;
       for (int64_t s = 0; s < count; s++) {
         float ms = head_states[s * state_size + rows * width_v + r];
         m = ms > m ? ms : m;
       }
-      int64_t h = h_k * group + r / p.seqlen_q, i = r % p.seqlen_q;
-      T* out = rows_of<T>(p.out, b, h)[i];
+      float l = sink == -kInf ? 0.0f : exp2(splat(sink - m))[0];
+      T* out = rows_of<T>(p.out, b, h, i)[0];
       float* acc = head_states + r * width_v;  // the first part's, into which the others are added
       for (int64_t s = 0; s < count; s++) {
         float* state = head_states + s * state_size;
@@ -271,7 +276,7 @@ struct Decode {
       }
       float inverse = 1.0f / l;
       for (int64_t d = 0; d < p.headdim_v; d += kLanes)
-        store_upto(out + d, l == 0.0f ? vf{} : load(acc + d) * inverse, p.headdim_v - d);
+        store_upto(out + d, count == 0 || l == 0.0f ? vf{} : load(acc + d) * inverse, p.headdim_v - d);
       p.lse[(b * p.nheads + h) * p.seqlen_q + i] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;
     }
   }

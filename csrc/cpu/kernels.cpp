@@ -12,6 +12,7 @@
 
 #include "fastgpt/mask.h"
 #include "fastgpt/params.h"
+#include "fastgpt/philox.h"
 
 namespace fastgpt {
 namespace {
@@ -19,6 +20,7 @@ namespace {
 #include "simd.h"
 #include "tile.h"
 #include "attention_common.h"
+#include "scores.h"
 #include "attention_forward.h"
 #include "attention_backward.h"
 #include "decode.h"
@@ -39,7 +41,8 @@ void by_dtype(const Params& params) {
 
 // A few queries are not worth packing the keys for: they are decoded.
 void attention_forward(const AttentionParams& params) {
-  if (params.nheads / params.nheads_k * params.seqlen_q > kDecodeRows)
+  bool decodes = !params.cu_seqlens_q && !params.dropout_threshold;
+  if (!decodes || params.nheads / params.nheads_k * params.seqlen_q > kDecodeRows)
     return by_dtype<AttentionForward>(params);
   DecodeParams decode{params};
   by_dtype<Decode>(decode);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -121,6 +122,40 @@ void set_attention(AttentionParams& p, int dtype, const PySizes& sizes, const Py
   p.num_threads = num_threads;
 }
 
+typedef std::tuple<int64_t, int64_t, int64_t, int64_t> PyStrides;  // batch, head, query, key
+
+template <class Data>
+void set_bias(BiasTensor<Data>& bias, uintptr_t data, const PyStrides& strides) {
+  bias.data = pointer<Data>(data);
+  std::tie(bias.batch_stride, bias.head_stride, bias.query_stride, bias.key_stride) = strides;
+}
+
+// What varies a call beyond plain attention: the fields of AttentionParams from cu_seqlens_q to
+// dropout_scale; leaves the defaults where it is None.
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t,  // sequences
+                   float, uintptr_t, int64_t, uintptr_t,        // softcap, alibi, sink
+                   uintptr_t, int, PyStrides,                   // bias
+                   uint32_t, uint32_t, uint64_t, float>         // dropout
+    PyOptions;
+
+void set_options(AttentionParams& p, const std::optional<PyOptions>& options) {
+  if (!options) return;
+  uintptr_t cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, alibi_slopes, sink, bias;
+  int bias_type;
+  PyStrides strides;
+  std::tie(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, p.softcap, alibi_slopes, p.alibi_batch_stride,
+           sink, bias, bias_type, strides, p.dropout_threshold, p.dropout_offset, p.dropout_seed,
+           p.dropout_scale) = *options;
+  p.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
+  p.cu_seqlens_k = pointer<const int32_t>(cu_seqlens_k);
+  p.seqused_k = pointer<const int32_t>(seqused_k);
+  p.leftpad_k = pointer<const int32_t>(leftpad_k);
+  p.alibi_slopes = pointer<const float>(alibi_slopes);
+  p.sink = pointer<const float>(sink);
+  set_bias(p.bias, bias, strides);
+  p.bias.type = static_cast<BiasType>(bias_type);
+}
+
 }  // namespace
 }  // namespace fastgpt
 
@@ -135,26 +170,31 @@ PYBIND11_MODULE(_cpu, m) {
       "attention_forward",
       [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k, const PyTensor& v,
                 const PyTensor& out, uintptr_t lse, float softmax_scale, int64_t window_left,
-                int64_t window_right, int num_threads) {
+                int64_t window_right, int num_threads, const std::optional<PyOptions>& options) {
         AttentionParams p;
         set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right,
                       num_threads);
+        set_options(p, options);
         KernelScope scope;
         kernels->attention_forward(p);
       },
       py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
       py::arg("lse"), py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"),
-      py::arg("num_threads"));
+      py::arg("num_threads"), py::arg("options"));
 
   m.def(
       "attention_backward",
       [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k, const PyTensor& v,
                 const PyTensor& out, uintptr_t lse, const PyTensor& dout, uintptr_t dlse, const PyTensor& dq,
-                const PyTensor& dk, const PyTensor& dv, float softmax_scale, int64_t window_left,
-                int64_t window_right, int num_threads) {
+                const PyTensor& dk, const PyTensor& dv, uintptr_t dsink, uintptr_t dbias,
+                const PyStrides& dbias_strides, float softmax_scale, int64_t window_left,
+                int64_t window_right, int num_threads, const std::optional<PyOptions>& options) {
         AttentionBackwardParams p;
         set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right,
                       num_threads);
+        set_options(p, options);
+        p.dsink = pointer<float>(dsink);
+        set_bias(p.dbias, dbias, dbias_strides);
         p.dout = tensor(dout);
         p.dlse = pointer<const float>(dlse);
         p.dq = tensor(dq);
@@ -165,7 +205,8 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
       py::arg("lse"), py::arg("dout"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-      py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"), py::arg("num_threads"));
+      py::arg("dsink"), py::arg("dbias"), py::arg("dbias_strides"), py::arg("softmax_scale"),
+      py::arg("window_left"), py::arg("window_right"), py::arg("num_threads"), py::arg("options"));
 
   m.def(
       "decode",

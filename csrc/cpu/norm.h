@@ -59,9 +59,9 @@ inline const float* as_fp32(const void* source, DType dtype, int64_t hidden, flo
   else if (dtype == DType::f32)
     return static_cast<const float*>(source);
   else if (dtype == DType::bf16)
-    pack_rows(static_cast<const bf16*>(source), 0, 1, hidden, 1.0f, buffer, width);
+    pack_rows(Rows<const bf16>{static_cast<const bf16*>(source), 0}, 1, hidden, 1.0f, buffer, width);
   else
-    pack_rows(static_cast<const f16*>(source), 0, 1, hidden, 1.0f, buffer, width);
+    pack_rows(Rows<const f16>{static_cast<const f16*>(source), 0}, 1, hidden, 1.0f, buffer, width);
   return buffer;
 }
 

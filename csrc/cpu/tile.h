@@ -33,11 +33,7 @@ FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, 
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; m++)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; v++) {
-      if (kUpdate == Update::overwrite) acc[m][v] = vf{};
-      if (kUpdate == Update::add) acc[m][v] = load(c + m * ldc + v * kLanes);
-      if (kUpdate == Update::rescale) acc[m][v] = load(c + m * ldc + v * kLanes) * scale[m];
-    }
+    for (int v = 0; v < kVectors; v++) acc[m][v] = vf{};
   for (int64_t k = 0; k < depth; k++) {
     vf bk[kVectors];
 #pragma GCC unroll 16
@@ -52,7 +48,13 @@ FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, 
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; m++)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; v++) store(c + m * ldc + v * kLanes, acc[m][v]);
+    for (int v = 0; v < kVectors; v++) {
+      // C is added at the end: a long sum, made of many tiles, is rounded to its own size once a tile.
+      float* target = c + m * ldc + v * kLanes;
+      if (kUpdate == Update::add) acc[m][v] += load(target);
+      if (kUpdate == Update::rescale) acc[m][v] += load(target) * scale[m];
+      store(target, acc[m][v]);
+    }
 }
 
 // The same for `cols` columns, a multiple of kLanes.
@@ -66,12 +68,12 @@ __attribute__((noinline)) void tile_product(int64_t depth, int64_t cols, const f
     tile_columns<kUpdate, kRowStride, kDepthStride, 1>(depth, a, b + n, ldb, c + n, ldc, scale);
 }
 
-// Packs `rows` rows (stride `stride` elements) of `dim` elements, times `factor`, into panels of
+// Packs rows [0, rows) of `source`, of `dim` elements each, times `factor`, into panels of
 // kWidth rows with the row index fastest: panel p holds element (p * kWidth + r, d) at
 // packed[(p * dim + d) * kWidth + r]. Missing rows of the last panel are zero.
 // Writes up to kLanes floats past the end.
-template <int kWidth, class T>
-void pack_panels(const T* source, int64_t stride, int64_t rows, int64_t dim, float factor, float* packed) {
+template <int kWidth, class Source>
+void pack_panels(const Source& source, int64_t rows, int64_t dim, float factor, float* packed) {
   static_assert(kWidth % kLanes == 0 || kWidth < kLanes, "a panel row is whole vectors, or less than one");
   for (int64_t panel = 0; panel < rows; panel += kWidth, packed += dim * kWidth)
     for (int64_t r = 0; r < kWidth; r += kLanes)
@@ -80,7 +82,7 @@ void pack_panels(const T* source, int64_t stride, int64_t rows, int64_t dim, flo
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) {
           int64_t row = panel + r + i;
-          block[i] = row < rows ? load_upto(source + row * stride + d, dim - d) * factor : vf{};
+          block[i] = row < rows ? load_upto(source[row] + d, dim - d) * factor : vf{};
         }
         transpose(block);
         int64_t valid = min(kLanes, dim - d);
@@ -89,11 +91,11 @@ void pack_panels(const T* source, int64_t stride, int64_t rows, int64_t dim, flo
       }
 }
 
-// Widens `rows` rows of `dim` elements, times `factor`, to fp32 rows of `width` >= dim floats, zero-filled.
-template <class T>
-void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float factor, float* packed,
-               int64_t width) {
-  for (int64_t row = 0; row < rows; row++, source += stride, packed += width)
+// Widens rows [0, rows) of `source`, of `dim` elements each, times `factor`, to fp32 rows of
+// `width` >= dim floats, zero-filled.
+template <class Source>
+void pack_rows(const Source& source, int64_t rows, int64_t dim, float factor, float* packed, int64_t width) {
+  for (int64_t row = 0; row < rows; row++, packed += width)
     for (int64_t d = 0; d < width; d += kLanes)
-      store(packed + d, d < dim ? load_upto(source + d, dim - d) * factor : vf{});
+      store(packed + d, d < dim ? load_upto(source[row] + d, dim - d) * factor : vf{});
 }

@@ -26,5 +26,11 @@ def refusals(
 
 
 def pass_tensor(t: Tensor | None) -> tuple[int, ...]:
-    """Pointer; batch, seq and head stride of a (batch, seq, head, dim) tensor."""
-    return NO_TENSOR if t is None else (t.data_ptr(), *t.stride()[:3])
+    """Pointer; batch, seq and head stride of a (batch, seq, head, dim) or packed (seq, head, dim) tensor."""
+    if t is None:
+        return NO_TENSOR
+    return (t.data_ptr(), *t.stride()[:3]) if t.dim() == 4 else (t.data_ptr(), 0, *t.stride()[:2])
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "fastgpt/mask.h"
+
 namespace fastgpt {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -14,10 +16,25 @@ struct Tensor {
   int64_t batch_stride, seq_stride, head_stride;
 };
 
+enum class BiasType : int { f32 = 0, bf16 = 1, f16 = 2, boolean = 3 };
+
+// Broadcasts to (batch, nheads, seqlen_q, seqlen_k) by strides of 0; the key stride is 0 or 1.
+template <class Data>
+struct BiasTensor {
+  Data* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, query_stride = 0, key_stride = 0;
+};
+struct Bias : BiasTensor<const void> {  // added to the scores; a boolean one hides keys where it is false
+  BiasType type = BiasType::f32;
+};
+
 // Shapes and meaning shared by attention forward and backward.
 // q (batch, seqlen_q, nheads, headdim); k (batch, seqlen_k, nheads_k, headdim);
 // v (batch, seqlen_k, nheads_k, headdim_v); out (batch, seqlen_q, nheads, headdim_v);
 // lse (batch, nheads, seqlen_q), contiguous, natural logarithm.
+//
+// With cu_seqlens_q, cu_seqlens_k the sequences are packed: q (total_q, nheads, headdim) and so on, with
+// batch strides 0; seqlen_q, seqlen_k are then the totals; lse is (nheads, total_q).
 struct AttentionParams {
   DType dtype;
   int64_t batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v;
@@ -26,14 +43,47 @@ struct AttentionParams {
   float softmax_scale;
   int64_t window_left, window_right;  // -1 is unlimited
   int num_threads;
-  const int32_t* seqused_k = nullptr;  // (batch): keys of each sequence; null: all have seqlen_k
 
-  __attribute__((always_inline)) int64_t keys(int64_t b) const { return seqused_k ? seqused_k[b] : seqlen_k; }
+  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;  // (batch + 1), or null
+  // (batch), or null: the keys of a sequence are rows [leftpad_k, seqused_k) of those it has.
+  const int32_t *seqused_k = nullptr, *leftpad_k = nullptr;
+  float softcap = 0.0f;                 // 0 is off
+  const float* alibi_slopes = nullptr;  // (batch, nheads) or, with batch stride 0, (nheads)
+  int64_t alibi_batch_stride = 0;
+  const float* sink = nullptr;  // (nheads): a logit that joins the denominator only
+  Bias bias;
+  // Dropout keeps a probability iff its random word is at least the threshold (philox.h); 0 is off.
+  uint32_t dropout_threshold = 0, dropout_offset = 0;
+  uint64_t dropout_seed = 0;
+  float dropout_scale = 1.0f;  // 1 / (1 - dropout_p)
+
+  // The rows of sequence b: its first ones, and how many.
+  FASTGPT_HD int64_t first_query_row(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b] : 0; }
+  FASTGPT_HD int64_t queries(int64_t b) const {
+    return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : seqlen_q;
+  }
+  FASTGPT_HD int64_t first_key_row(int64_t b) const {
+    return (cu_seqlens_k ? cu_seqlens_k[b] : 0) + (leftpad_k ? leftpad_k[b] : 0);
+  }
+  // Rows of k that sequence b has, of which it uses some.
+  FASTGPT_HD int64_t key_rows(int64_t b) const {
+    return cu_seqlens_k ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : seqlen_k;
+  }
+  FASTGPT_HD int64_t keys(int64_t b) const {
+    int64_t n = (seqused_k ? seqused_k[b] : key_rows(b)) - (leftpad_k ? leftpad_k[b] : 0);
+    return n < 0 ? 0 : n;
+  }
+  // Where the rows of (b, h) start in lse.
+  FASTGPT_HD int64_t lse_row(int64_t b, int64_t h) const {
+    return cu_seqlens_q ? h * seqlen_q + cu_seqlens_q[b] : (b * nheads + h) * seqlen_q;
+  }
 };
 
 struct AttentionBackwardParams : AttentionParams {
   Tensor dout, dq, dk, dv;
-  const float* dlse;  // (batch, nheads, seqlen_q), contiguous, or null
+  const float* dlse;        // like lse, or null
+  float* dsink = nullptr;   // (batch, nheads), or null
+  BiasTensor<float> dbias;  // zero-filled, or null
 };
 
 // Attention of new queries over a KV cache. In AttentionParams, k and v are the caches, seqused_k the

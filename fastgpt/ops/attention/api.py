@@ -17,6 +17,8 @@ from fastgpt.ops.attention.torch import scaled_dot_product_attention
 def _check_options(
     q: Tensor,
     batch: int,
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
     softcap: float,
     dropout_p: float,
     alibi_slopes: Tensor | None,
@@ -27,6 +29,13 @@ def _check_options(
 ) -> Tensor | None:
     """Checks the rest of the specification; returns the dropout state, drawn if none was given."""
     nheads = q.shape[-2]
+    for name, t in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
+        checks.check_optional(name, t, "(batch), int32")
+        if t is not None and (tuple(t.shape) != (batch,) or t.dtype != torch.int32 or t.device != q.device):
+            raise ValueError(
+                f"{name}: got {t.dtype} {checks.shape_of(t)} on {t.device}, "
+                f"expected torch.int32 ({batch},) on {q.device}"
+            )
     checks.check_number("softcap", softcap, 0, math.inf)
     checks.check_number("dropout_p", dropout_p, 0, 1)
     for name, t, axes in (
@@ -117,6 +126,8 @@ def attention(
     attn_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -143,6 +154,10 @@ def attention(
             if bool, True where a key is visible.
         dropout_p: probability of dropping a softmax probability.
         rng_state: (2), int64: Philox seed and offset of the dropout; drawn from torch's generator if None.
+        seqused_k: (batch), int32: how many rows of k and v each sequence uses; None for all.
+        leftpad_k: (batch), int32: how many of these are padding before the sequence's first key. The keys
+            are the rows ``leftpad_k[b] : seqused_k[b]``, and alignment, windows, ALiBi and dropout count
+            from the first of them (attn_bias has a place for every row). Other rows get gradient 0.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: ``auto``, ``cpu``, ``torch``, ``reference``, ``triton`` or ``cuda``; default
             ``FASTGPT_BACKEND``, else ``auto``.
@@ -160,7 +175,17 @@ def attention(
     (batch, seqlen_q, nheads, headdim), seqlen_k = q.shape, k.shape[1]
     bias_shape = (batch, nheads, seqlen_q, seqlen_k)
     rng_state = _check_options(
-        q, batch, softcap, dropout_p, alibi_slopes, sink, attn_bias, rng_state, bias_shape
+        q,
+        batch,
+        seqused_k,
+        leftpad_k,
+        softcap,
+        dropout_p,
+        alibi_slopes,
+        sink,
+        attn_bias,
+        rng_state,
+        bias_shape,
     )
     spec = AttentionSpec(
         checks.check_scale(softmax_scale, headdim),
@@ -171,8 +196,9 @@ def attention(
         alibi=alibi_slopes is not None,
         sink=sink is not None,
         bias=attn_bias is not None,
+        key_ranges=seqused_k is not None or leftpad_k is not None,
     )
-    tensors = AttentionTensors(alibi_slopes=alibi_slopes, sink=sink, attn_bias=attn_bias, rng_state=rng_state)
+    tensors = AttentionTensors(None, None, seqused_k, leftpad_k, alibi_slopes, sink, attn_bias, rng_state)
     return _run(q, k, v, spec, tensors, return_lse, backend)
 
 
@@ -191,6 +217,8 @@ def attention_varlen(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -226,7 +254,9 @@ def attention_varlen(
         if edges.dtype != torch.int32 or edges.device != q.device:
             raise TypeError(f"{name}: got {edges.dtype} on {edges.device}, expected int32 on {q.device}")
     batch = cu_seqlens_q.shape[0] - 1
-    rng_state = _check_options(q, batch, softcap, dropout_p, alibi_slopes, sink, None, rng_state, None)
+    rng_state = _check_options(
+        q, batch, seqused_k, leftpad_k, softcap, dropout_p, alibi_slopes, sink, None, rng_state, None
+    )
     spec = AttentionSpec(
         checks.check_scale(softmax_scale, q.shape[-1]),
         left,
@@ -236,6 +266,9 @@ def attention_varlen(
         alibi=alibi_slopes is not None,
         sink=sink is not None,
         varlen=True,
+        key_ranges=seqused_k is not None or leftpad_k is not None,
     )
-    tensors = AttentionTensors(cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, None, rng_state)
+    tensors = AttentionTensors(
+        cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, alibi_slopes, sink, None, rng_state
+    )
     return _run(q, k, v, spec, tensors, return_lse, backend)

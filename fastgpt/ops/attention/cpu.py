@@ -5,13 +5,15 @@ Passes pointers, sizes and strides; storage fp32, bf16 or fp16, arithmetic fp32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
-from fastgpt.ops.native import DTYPES, pass_tensor, refusals
+from fastgpt.ops.attention.spec import FEATURES, AttentionCall, AttentionSpec, AttentionTensors
+from fastgpt.ops.native import DTYPES, pass_tensor, pointer, refusals
 
-FEATURES = ("window", "lse", "backward")
+BIAS_TYPES = {**DTYPES, torch.bool: 3}  # BiasType in csrc/include/fastgpt/params.h
 
 
 def unsupported(call: AttentionCall) -> list[str]:
@@ -19,9 +21,59 @@ def unsupported(call: AttentionCall) -> list[str]:
     return refusals(call.device, call.dtype, call.features, FEATURES, headdim)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    batch, seqlen_q, nheads, headdim = q.shape
-    return batch, seqlen_q, k.shape[1], nheads, k.shape[2], headdim, v.shape[3]
+def _sizes(q: Tensor, k: Tensor, v: Tensor, tensors: AttentionTensors) -> tuple[int, ...]:
+    edges = tensors.cu_seqlens_q
+    batch = q.shape[0] if edges is None else edges.shape[0] - 1
+    return batch, q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
+
+
+def _bias_strides(bias: Tensor, q: Tensor, k: Tensor) -> tuple[int, ...]:
+    """batch, head, query and key stride of a bias or its gradient, 0 where it is broadcast."""
+    *strides, of_key = bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
+    return (*strides, of_key if bias.shape[3] > 1 else 0)
+
+
+class _Options:
+    """What varies a call beyond plain attention, as ``_cpu`` takes it: PyOptions in csrc/cpu/module.cpp.
+
+    ``packed`` is None for a plain call. Its pointers are into tensors that the object keeps alive.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec, tensors: AttentionTensors) -> None:
+        self.packed: tuple[Any, ...] | None = None
+        if not spec.softcap and all(t is None for t in tensors):
+            return
+        lengths = [
+            None if t is None else t.contiguous()
+            for t in (tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_k, tensors.leftpad_k)
+        ]
+        slopes, sink = (
+            None if t is None else t.float().contiguous() for t in (tensors.alibi_slopes, tensors.sink)
+        )
+        bias, strides = tensors.attn_bias, (0, 0, 0, 0)
+        if bias is not None:
+            if bias.dtype not in BIAS_TYPES:
+                bias = bias.float()
+            if bias.shape[3] > 1 and bias.stride(3) not in (0, 1):
+                bias = bias.contiguous()
+            strides = _bias_strides(bias, q, k)
+        seed, offset = (0, 0) if tensors.rng_state is None else tensors.rng_state.tolist()
+        low = 0xFFFFFFFF
+        self.alive = (*lengths, slopes, sink, bias)
+        self.packed = (
+            *map(pointer, lengths),
+            spec.softcap,
+            pointer(slopes),
+            0 if slopes is None or slopes.dim() == 1 else slopes.shape[1],
+            pointer(sink),
+            pointer(bias),
+            0 if bias is None else BIAS_TYPES[bias.dtype],
+            strides,
+            min(round(spec.dropout_p * 2**32), low),
+            offset & low,
+            seed & (low << 32 | low),
+            1 / (1 - spec.dropout_p),
+        )
 
 
 def forward(
@@ -29,12 +81,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     from fastgpt import _cpu
 
-    batch, seqlen_q, nheads, _ = q.shape
-    out = q.new_empty(batch, seqlen_q, nheads, v.shape[3])
-    lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse_shape = (q.shape[1], q.shape[0]) if spec.varlen else (q.shape[0], q.shape[2], q.shape[1])
+    lse = q.new_empty(lse_shape, dtype=torch.float32)
+    options = _Options(q, k, spec, tensors)
     _cpu.attention_forward(
         DTYPES[q.dtype],
-        _sizes(q, k, v),
+        _sizes(q, k, v, tensors),
         pass_tensor(q),
         pass_tensor(k),
         pass_tensor(v),
@@ -44,6 +97,7 @@ def forward(
         spec.window_left,
         spec.window_right,
         torch.get_num_threads(),
+        options.packed,
     )
     return out, lse
 
@@ -56,28 +110,41 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    bias_gradient: bool,
     spec: AttentionSpec,
     tensors: AttentionTensors,
-) -> tuple[Tensor, Tensor, Tensor, None, None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     from fastgpt import _cpu
 
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    sizes, options = _sizes(q, k, v, tensors), _Options(q, k, spec, tensors)
+    sink, bias = tensors.sink, tensors.attn_bias
+    dsink = None if sink is None else torch.empty(sizes[0], sink.shape[0])
+    dbias = torch.zeros(bias.shape) if bias is not None and bias_gradient else None
     _cpu.attention_backward(
         DTYPES[q.dtype],
-        _sizes(q, k, v),
+        sizes,
         pass_tensor(q),
         pass_tensor(k),
         pass_tensor(v),
         pass_tensor(out),
         lse.data_ptr(),
         pass_tensor(dout),
-        0 if dlse is None else dlse.data_ptr(),
+        pointer(dlse),
         pass_tensor(dq),
         pass_tensor(dk),
         pass_tensor(dv),
+        pointer(dsink),
+        pointer(dbias),
+        (0, 0, 0, 0) if dbias is None else _bias_strides(dbias, q, k),
         spec.softmax_scale,
         spec.window_left,
         spec.window_right,
         torch.get_num_threads(),
+        options.packed,
     )
-    return dq, dk, dv, None, None
+    if sink is not None and dsink is not None:
+        dsink = dsink.sum(0).to(sink.dtype)
+    if bias is not None and dbias is not None:
+        dbias = dbias.to(bias.dtype)
+    return dq, dk, dv, dsink, dbias

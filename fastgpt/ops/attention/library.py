@@ -16,8 +16,8 @@ from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
 from fastgpt.ops.checks import needs_autograd, own_precision
 
 _OPTIONAL = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sink, "
-    "Tensor? attn_bias, Tensor? rng_state, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, "
+    "Tensor? alibi_slopes, Tensor? sink, Tensor? attn_bias, Tensor? rng_state, "
     "float softmax_scale, int window_left, int window_right, float softcap, float dropout_p, str backend"
 )
 _SCALARS = 6  # the last arguments of both schemas, from softmax_scale to backend
@@ -29,7 +29,7 @@ library.define(
 )
 library.define(
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool bias_gradient, {_OPTIONAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -47,6 +47,7 @@ def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors, str
         tensors.sink is not None,
         tensors.attn_bias is not None,
         tensors.cu_seqlens_q is not None,
+        tensors.seqused_k is not None or tensors.leftpad_k is not None,
     )
     return spec, tensors, backend
 
@@ -56,21 +57,39 @@ def pack(spec: AttentionSpec, tensors: AttentionTensors, backend: str) -> tuple[
     return (*tensors, *spec[: _SCALARS - 1], backend)
 
 
+# The values of lengths are checked here and not in api.py, where torch.compile would have to trace them. On a
+# GPU they are not read: that would stall it.
+
+
 def _check_edges(name: str, edges: Tensor, total: int) -> None:
-    # Here and not in api.py, where torch.compile would have to trace the values. On a GPU they are not
-    # read: that would stall it.
-    if edges.device.type != "cpu":
-        return
     values = edges.tolist()
     if values[0] != 0 or values[-1] != total or sorted(values) != values:
         raise ValueError(f"{name}: got {values}, expected 0 rising to {total}, the number of tokens")
 
 
+def _check_key_ranges(k: Tensor, tensors: AttentionTensors) -> None:
+    edges, batch = tensors.cu_seqlens_k, k.shape[0]
+    if edges is not None:
+        rows = (edges[1:] - edges[:-1]).tolist()
+    else:
+        rows = [k.shape[1]] * batch
+    used = rows if tensors.seqused_k is None else tensors.seqused_k.tolist()
+    if any(not 0 <= n <= most for n, most in zip(used, rows, strict=True)):
+        raise ValueError(f"seqused_k: got {used}, expected 0 to {rows}, the keys of each sequence")
+    if tensors.leftpad_k is not None:
+        pads = tensors.leftpad_k.tolist()
+        if any(not 0 <= pad <= n for pad, n in zip(pads, used, strict=True)):
+            raise ValueError(f"leftpad_k: got {pads}, expected 0 to {used}, the keys that each sequence uses")
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     spec, tensors, backend = _unpack(args)
-    if tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None:
-        _check_edges("cu_seqlens_q", tensors.cu_seqlens_q, q.shape[0])
-        _check_edges("cu_seqlens_k", tensors.cu_seqlens_k, k.shape[0])
+    if q.device.type == "cpu":
+        if tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None:
+            _check_edges("cu_seqlens_q", tensors.cu_seqlens_q, q.shape[0])
+            _check_edges("cu_seqlens_k", tensors.cu_seqlens_k, k.shape[0])
+        if spec.key_ranges:
+            _check_key_ranges(k, tensors)
     with own_precision(q):
         out, lse = dispatch.implementation("attention", backend).forward(q, k, v, spec, tensors)
     return out.contiguous(), lse.contiguous()
@@ -92,6 +111,7 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    bias_gradient: bool,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec, tensors, backend = _unpack(args)
@@ -105,7 +125,7 @@ def _backward(
         out = out.contiguous()
     implementation = dispatch.implementation("attention", backend)
     with own_precision(q):
-        grads = implementation.backward(dout, dlse, q, k, v, out, lse, spec, tensors)
+        grads = implementation.backward(dout, dlse, q, k, v, out, lse, bias_gradient, spec, tensors)
     return tuple(q.new_empty(0) if grad is None else grad.contiguous() for grad in grads)  # type: ignore[return-value]
 
 
@@ -117,14 +137,14 @@ def _backward_fake(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    bias_gradient: bool,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, tensors, _ = _unpack(args)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     sink, bias = tensors.sink, tensors.attn_bias
     dsink = q.new_empty(0) if sink is None else torch.empty_like(sink)
-    has_dbias = bias is not None and bias.dtype != torch.bool
-    dbias = bias.new_empty(bias.shape) if bias is not None and has_dbias else q.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if bias is not None and bias_gradient else q.new_empty(0)
     return dq, dk, dv, dsink, dbias
 
 
@@ -170,10 +190,10 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse, *optional = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, dsink, dbias = _differentiable_backward(
-            dout, dlse, q, k, v, out, lse, *optional, *ctx.scalars
-        )
         needs = dict(zip(("q", "k", "v", *AttentionTensors._fields), ctx.needs_input_grad, strict=False))
+        dq, dk, dv, dsink, dbias = _differentiable_backward(
+            dout, dlse, q, k, v, out, lse, needs["attn_bias"], *optional, *ctx.scalars
+        )
         grads = {"q": dq, "k": dk, "v": dv, "sink": dsink, "attn_bias": dbias}
         return (
             *(grads.get(name) if need else None for name, need in needs.items()),

@@ -6,6 +6,9 @@ matrix of scores.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -129,6 +132,7 @@ def _backward_dense(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    bias_gradient: bool,
     spec: AttentionSpec,
     tensors: AttentionTensors,
     first_batch: int = 0,
@@ -156,7 +160,7 @@ def _backward_dense(
         # The sink is a column with value 0: its dP is 0.
         p_sink = torch.exp(tensors.sink.to(acc)[None, :, None] - lse)
         dsink = -(p_sink * delta).sum((0, 2)).to(tensors.sink.dtype)
-    if tensors.attn_bias is not None and tensors.attn_bias.dtype != torch.bool:
+    if tensors.attn_bias is not None and bias_gradient:
         dbias = ds.sum_to_size(tensors.attn_bias.shape).to(tensors.attn_bias.dtype)
     if spec.softcap:
         ds = ds * (1 - torch.tanh(x / spec.softcap) ** 2)  # d softcap(x) / dx
@@ -167,36 +171,62 @@ def _backward_dense(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, dbias
 
 
-def _sequences(tensors: AttentionTensors) -> list[tuple[slice, slice, AttentionTensors]]:
-    """The rows of each packed sequence, and its optional tensors."""
-    assert tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None
-    edges_q, edges_k = tensors.cu_seqlens_q.tolist(), tensors.cu_seqlens_k.tolist()
-    pieces = []
-    for b in range(len(edges_q) - 1):
-        slopes = tensors.alibi_slopes
+class _Sequence(NamedTuple):
+    """One sequence of a call whose sequences differ: where its rows are, and its optional tensors."""
+
+    queries: slice | int  # of q's leading axis, in lse of its last (packed) or first
+    keys: slice | tuple[int, slice]
+    bias: tuple[slice, ...]  # its part of attn_bias
+    tensors: AttentionTensors
+
+
+def _sequences(q: Tensor, k: Tensor, tensors: AttentionTensors) -> Iterator[_Sequence]:
+    edges_q, edges_k = tensors.cu_seqlens_q, tensors.cu_seqlens_k
+    packed = edges_q is not None and edges_k is not None
+    for b in range(edges_q.shape[0] - 1 if edges_q is not None else q.shape[0]):
+        first, rows = (
+            (int(edges_k[b]), int(edges_k[b + 1] - edges_k[b])) if edges_k is not None else (0, k.shape[1])
+        )
+        used = rows if tensors.seqused_k is None else int(tensors.seqused_k[b])
+        pad = 0 if tensors.leftpad_k is None else int(tensors.leftpad_k[b])
+        of_k = slice(first + pad, first + used)
+        slopes, bias = tensors.alibi_slopes, tensors.attn_bias
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[b : b + 1]
-        pieces.append(
-            (
-                slice(edges_q[b], edges_q[b + 1]),
-                slice(edges_k[b], edges_k[b + 1]),
-                tensors._replace(alibi_slopes=slopes),
-            )
+        of_bias: tuple[slice, ...] = ()
+        if bias is not None:
+            own = slice(b, b + 1) if bias.shape[0] > 1 else slice(None)
+            of_bias = (own, slice(None), slice(None), of_k if bias.shape[3] > 1 else slice(None))
+            bias = bias[of_bias]
+        queries = slice(int(edges_q[b]), int(edges_q[b + 1])) if edges_q is not None else b
+        yield _Sequence(
+            queries,
+            of_k if packed else (b, of_k),
+            of_bias,
+            tensors._replace(alibi_slopes=slopes, attn_bias=bias),
         )
-    return pieces
+
+
+def _lse_of(lse: Tensor, sequence: _Sequence) -> Tensor:
+    """Its (nheads, seqlen_q) part of lse."""
+    return lse[sequence.queries] if isinstance(sequence.queries, int) else lse[:, sequence.queries]
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors
 ) -> tuple[Tensor, Tensor]:
     """out, in q's layout and dtype; lse (batch, nheads, seqlen_q), or (nheads, total_q) if packed."""
-    if not spec.varlen:
+    if not spec.varlen and not spec.key_ranges:
         return _forward_dense(q, k, v, spec, tensors)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator(q.dtype))
-    for b, (rows_q, rows_k, own) in enumerate(_sequences(tensors)):
-        out_b, lse_b = _forward_dense(q[None, rows_q], k[None, rows_k], v[None, rows_k], spec, own, b)
-        out[rows_q], lse[:, rows_q] = out_b[0], lse_b[0]
+    lse_shape = (q.shape[1], q.shape[0]) if spec.varlen else (q.shape[0], q.shape[2], q.shape[1])
+    lse = q.new_zeros(lse_shape, dtype=accumulator(q.dtype))
+    for b, s in enumerate(_sequences(q, k, tensors)):
+        out_b, lse_b = _forward_dense(
+            q[s.queries][None], k[s.keys][None], v[s.keys][None], spec, s.tensors, b
+        )
+        out[s.queries] = out_b[0]
+        _lse_of(lse, s).copy_(lse_b[0])
     return out, lse
 
 
@@ -208,29 +238,34 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    bias_gradient: bool,
     spec: AttentionSpec,
     tensors: AttentionTensors,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, sink and attn_bias (None where there is none)."""
-    if not spec.varlen:
-        return _backward_dense(dout, dlse, q, k, v, out, lse, spec, tensors)
+    """Gradients of q, k, v, sink and, if asked for, attn_bias (None where there is none)."""
+    if not spec.varlen and not spec.key_ranges:
+        return _backward_dense(dout, dlse, q, k, v, out, lse, bias_gradient, spec, tensors)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dsink = None if tensors.sink is None else torch.zeros_like(tensors.sink)
-    for b, (rows_q, rows_k, own) in enumerate(_sequences(tensors)):
-        dlse_b = None if dlse is None else dlse[None, :, rows_q]
-        dq_b, dk_b, dv_b, dsink_b, _ = _backward_dense(
-            dout[None, rows_q],
-            dlse_b,
-            q[None, rows_q],
-            k[None, rows_k],
-            v[None, rows_k],
-            out[None, rows_q],
-            lse[None, :, rows_q],
+    bias = tensors.attn_bias
+    dbias = torch.zeros_like(bias) if bias is not None and bias_gradient else None
+    for b, s in enumerate(_sequences(q, k, tensors)):
+        dq_b, dk_b, dv_b, dsink_b, dbias_b = _backward_dense(
+            dout[s.queries][None],
+            None if dlse is None else _lse_of(dlse, s)[None],
+            q[s.queries][None],
+            k[s.keys][None],
+            v[s.keys][None],
+            out[s.queries][None],
+            _lse_of(lse, s)[None],
+            bias_gradient,
             spec,
-            own,
+            s.tensors,
             b,
         )
-        dq[rows_q], dk[rows_k], dv[rows_k] = dq_b[0], dk_b[0], dv_b[0]
+        dq[s.queries], dk[s.keys], dv[s.keys] = dq_b[0], dk_b[0], dv_b[0]
         if dsink is not None and dsink_b is not None:
             dsink += dsink_b
-    return dq, dk, dv, dsink, None
+        if dbias is not None and dbias_b is not None:
+            dbias[s.bias] += dbias_b
+    return dq, dk, dv, dsink, dbias

@@ -28,18 +28,22 @@ class AttentionSpec(NamedTuple):
     sink: bool = False
     bias: bool = False
     varlen: bool = False
+    key_ranges: bool = False
 
 
 class AttentionTensors(NamedTuple):
     """The optional tensors of a call; None where the call has none.
 
-    cu_seqlens_q, cu_seqlens_k: (batch + 1), int32. alibi_slopes: (nheads) or (batch, nheads), fp32.
+    cu_seqlens_q, cu_seqlens_k: (batch + 1), int32. seqused_k, leftpad_k: (batch), int32; the keys of a
+    sequence are its rows [leftpad_k, seqused_k), numbered from 0. alibi_slopes: (nheads) or (batch, nheads), fp32.
     sink: (nheads), fp32. attn_bias: broadcasts to (batch, nheads, seqlen_q, seqlen_k); bool (True =
     visible) or floating point. rng_state: (2), int64: Philox seed and offset.
     """
 
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    leftpad_k: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sink: Tensor | None = None
     attn_bias: Tensor | None = None
@@ -62,7 +66,18 @@ class AttentionCall(NamedTuple):
         return f"{self.op}({', '.join([*parts, *self.features])})"
 
 
-FEATURES = ("window", "softcap", "dropout", "alibi", "sink", "bias", "varlen", "lse", "backward")
+FEATURES = (
+    "window",
+    "softcap",
+    "dropout",
+    "alibi",
+    "sink",
+    "bias",
+    "varlen",
+    "key_ranges",  # seqused_k or leftpad_k
+    "lse",
+    "backward",
+)
 
 
 def features(spec: AttentionSpec, lse: bool, backward: bool) -> tuple[str, ...]:
@@ -75,6 +90,7 @@ def features(spec: AttentionSpec, lse: bool, backward: bool) -> tuple[str, ...]:
         spec.sink,
         spec.bias,
         spec.varlen,
+        spec.key_ranges,
         lse,
         backward,
     )

@@ -22,6 +22,7 @@ REFUSED = {
     "alibi": "scaled_dot_product_attention has no ALiBi",
     "sink": "scaled_dot_product_attention has no sink",
     "varlen": "scaled_dot_product_attention has no packed sequences",
+    "key_ranges": "scaled_dot_product_attention takes keys of different lengths as a mask only",
     "lse": "scaled_dot_product_attention does not return lse",
 }
 

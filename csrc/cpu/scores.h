@@ -1,0 +1,157 @@
+// What turns q.k into a score, beyond the interval of Mask, and what dropout keeps of a probability: shared
+// by attention forward, backward and decode. Scores are in base 2: times log2(e).
+//
+//   s = softcap(x) + bias - slope |i + sk - sq - j|,   softcap(x) = softcap tanh(x / softcap)
+//
+// for query i and key j of their sequence; a boolean bias gives -inf where it is false.
+
+// One row of scores: query i of head h in sequence b.
+struct ScoreRow {
+  const AttentionParams& p;
+  float softcap = p.softcap * kLog2e, inverse_softcap = p.softcap ? 1.0f / softcap : 0.0f;
+  float slope = 0.0f;
+  int64_t diagonal;  // the key at distance 0
+  const char* bias = nullptr;
+
+  FASTGPT_INLINE ScoreRow(const AttentionParams& params, int64_t b, int64_t h, int64_t i)
+      : p(params), diagonal(i + params.keys(b) - params.queries(b)) {
+    if (p.alibi_slopes) slope = p.alibi_slopes[b * p.alibi_batch_stride + h] * kLog2e;
+    if (p.bias.data) {
+      const Bias& t = p.bias;
+      int64_t offset = b * t.batch_stride + h * t.head_stride + i * t.query_stride +
+                       (p.leftpad_k ? p.leftpad_k[b] * t.key_stride : 0);
+      bias = static_cast<const char*>(t.data) + offset * element_size(t.type);
+    }
+  }
+
+  static FASTGPT_INLINE int64_t element_size(BiasType type) {
+    return type == BiasType::boolean ? 1 : type == BiasType::f32 ? 4 : 2;
+  }
+
+  // The scores of keys [j, j + n), n <= kLanes, from x = softmax_scale log2(e) q.k; and d score / d x.
+  FASTGPT_INLINE vf operator()(vf x, int64_t j, int64_t n, vf* derivative) const {
+    vf s = x;
+    if (softcap) {
+      vf t = tanh(x * inverse_softcap);
+      s = t * softcap;
+      if (derivative) *derivative = 1.0f - t * t;
+    }
+    if (bias) {
+      int64_t size = element_size(p.bias.type) * p.bias.key_stride;
+      const char* source = bias + j * size;
+      switch (p.bias.type) {
+        case BiasType::f32:
+          s += values(reinterpret_cast<const float*>(source), n) * kLog2e;
+          break;
+        case BiasType::bf16:
+          s += values(reinterpret_cast<const bf16*>(source), n) * kLog2e;
+          break;
+        case BiasType::f16:
+          s += values(reinterpret_cast<const f16*>(source), n) * kLog2e;
+          break;
+        case BiasType::boolean:
+          s = shown(source, n) ? s : splat(-kInf);
+      }
+    }
+    if (slope) {
+      vi distance = lane_index() + static_cast<int32_t>(j - diagonal);
+      vf d = __builtin_convertvector(distance, vf);
+      s -= slope * (d < 0 ? -d : d);
+    }
+    return s;
+  }
+
+  template <class T>
+  FASTGPT_INLINE vf values(const T* source, int64_t n) const {
+    if (p.bias.key_stride) return load_upto(source, n);
+    return splat(load_first(source, 1)[0]);
+  }
+  // Which lanes' keys a boolean bias shows.
+  FASTGPT_INLINE vi shown(const char* source, int64_t n) const {
+    int32_t lanes[kLanes];
+    for (int i = 0; i < kLanes; i++) lanes[i] = i < n && source[i * p.bias.key_stride] ? -1 : 0;
+    vi result;
+    __builtin_memcpy(&result, lanes, sizeof(result));
+    return result;
+  }
+};
+
+// Whether scores are anything but softmax_scale q.k.
+FASTGPT_INLINE bool has_score_terms(const AttentionParams& p) {
+  return p.softcap != 0.0f || p.alibi_slopes || p.bias.data;
+}
+
+// Turns scores[r][c] into the scores of queries first_query + r and keys first_key + c, c in [begin, end),
+// multiples of kLanes; with `derivatives`, also d score / d x, stored alike.
+inline void add_score_terms(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query, int64_t rows,
+                            int64_t first_key, int64_t begin, int64_t end, float* scores, int64_t stride,
+                            float* derivatives) {
+  int64_t keys = p.keys(b);
+  for (int64_t r = 0; r < rows; r++) {
+    ScoreRow row(p, b, h, first_query + r);
+    for (int64_t c = begin; c < end; c += kLanes) {
+      vf derivative = splat(1.0f);
+      float* s = scores + r * stride + c;
+      int64_t j = first_key + c;
+      store(s, row(load(s), j, max(min(kLanes, keys - j), 0), &derivative));
+      if (derivatives) store(derivatives + r * stride + c, derivative);
+    }
+  }
+}
+
+// Whether a boolean bias hides keys [begin, end) from all of the queries.
+inline bool hidden_by_bias(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query, int64_t rows,
+                           int64_t begin, int64_t end) {
+  if (!p.bias.data || p.bias.type != BiasType::boolean) return false;
+  for (int64_t r = 0; r < (p.bias.query_stride ? rows : 1); r++) {
+    const char* shown = ScoreRow(p, b, h, first_query + r).bias;
+    if (p.bias.key_stride == 0) end = min(end, begin + 1);
+    char any = 0;
+    for (int64_t j = begin; j < end; j++) any |= shown[j * p.bias.key_stride];
+    if (any) return false;
+  }
+  return true;
+}
+
+// --- dropout ---
+
+struct MultiplyLanes {
+  static FASTGPT_INLINE void wide(vu a, uint32_t m, vu& high, vu& low) {
+    low = a * m;
+#if defined(__AVX512F__)
+    __m512i factor = _mm512_set1_epi32(static_cast<int>(m));
+    __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+    __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+    high = (vu)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+#elif defined(__AVX2__)
+    __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
+    __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+    __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+    high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#else
+    for (int i = 0; i < kLanes; i++) high[i] = static_cast<uint32_t>((static_cast<uint64_t>(a[i]) * m) >> 32);
+#endif
+  }
+};
+
+// keep[c] = 1 where dropout keeps the probability of query i and key first_key + c, else 0, for c < n.
+// first_key is a multiple of 4; writes up to 4 kLanes - 1 floats past the end.
+inline void dropout_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t first_key,
+                        int64_t n, float* keep) {
+  typename MakeLanes<kLanes>::type lanes;
+  for (int64_t c = 0; c < n; c += 4 * kLanes) {
+    vu words[4] = {(vu)(lane_index() + static_cast<int32_t>((first_key + c) / 4)),
+                   vu{} + static_cast<uint32_t>(i), vu{} + static_cast<uint32_t>(b * p.nheads + h),
+                   vu{} + p.dropout_offset};
+    philox<MultiplyLanes>(words, static_cast<uint32_t>(p.dropout_seed),
+                          static_cast<uint32_t>(p.dropout_seed >> 32));
+    // Word w of lane l belongs to key 4 l + w.
+    vf w0 = (vf)words[0], w1 = (vf)words[1], w2 = (vf)words[2], w3 = (vf)words[3];
+    vf even_low = interleave_low(w0, w2, lanes), even_high = interleave_high(w0, w2, lanes);
+    vf odd_low = interleave_low(w1, w3, lanes), odd_high = interleave_high(w1, w3, lanes);
+    vf keys[4] = {interleave_low(even_low, odd_low, lanes), interleave_high(even_low, odd_low, lanes),
+                  interleave_low(even_high, odd_high, lanes), interleave_high(even_high, odd_high, lanes)};
+    for (int v = 0; v < 4; v++)
+      store(keep + c + v * kLanes, (vu)keys[v] >= p.dropout_threshold ? splat(1.0f) : vf{});
+  }
+}
