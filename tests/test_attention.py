@@ -236,11 +236,7 @@ def test_variant_parity(name, backend, dtype):
     inputs, fixed = variant_tensors(variant, dtype)
     q, v = inputs[0], inputs[2]
     dout = torch.randn(*q.shape[:-1], v.shape[-1]).to(dtype)
-    dlse = (
-        torch.randn(q.shape[1], q.shape[0])
-        if q.dim() == 3
-        else torch.randn(q.shape[0], q.shape[2], q.shape[1])
-    )
+    dlse = torch.randn(*(q.shape[1::-1] if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])))
     got = run_variant(lambda *t: fused_variant(*t, backend=backend, **fixed), inputs, dtype, (dout, dlse))
     plain, exact = (
         run_variant(lambda *t: plain_variant(variant, *t, fixed), inputs, d, (dout, dlse))

@@ -15,6 +15,7 @@ from test_structure import PACKAGE, python
 import fastgpt
 from fastgpt import dispatch
 from fastgpt.ops.attention.spec import AttentionCall
+from fastgpt.ops.native import refusals
 
 Q = torch.zeros(1, 4, 2, 8)
 
@@ -31,21 +32,28 @@ def test_required_backends_are_known():
 def test_auto_prefers_the_native_kernels():
     assert dispatch.resolve(call(), "auto") == ("cpu" if "cpu" in AVAILABLE else "torch")
     assert dispatch.resolve(call(dtype=torch.float64), "auto") == "torch"
-    assert dispatch.resolve(call(features=("sink",)), "auto") == "reference"
+    assert dispatch.resolve(call(dtype=torch.float64, features=("sink",)), "auto") == "reference"
 
 
 def test_every_reason_is_given():
     asked = call(dtype=torch.float64, headdim=300, features=("softcap", "sink", "backward"))
     reasons = dispatch.explain(asked)
     assert reasons["reference"] == []
+    assert [r.split()[-1] for r in reasons["torch"]] == ["softcap", "sink"]
     if "cpu" in AVAILABLE:
-        assert [r.split()[0] for r in reasons["cpu"]] == ["dtype", "headdim", "softcap", "sink"]
+        assert [r.split()[0] for r in reasons["cpu"]] == ["dtype", "headdim"]
         with pytest.raises(fastgpt.BackendUnsupported) as error:
             dispatch.resolve(asked, "cpu")
         text = str(error.value)
         assert "attention(float64 on cpu, headdim 300/8, softcap, sink, backward)" in text
-        assert text.count("\n  - ") == 4
+        assert text.count("\n  - ") == 2
     assert reasons["triton"] == ["this version of fastgpt has no kernels for it"]
+
+
+def test_a_feature_is_unsupported_until_a_backend_lists_it():
+    assert refusals("cpu", torch.float32, ("window", "new"), ("window",)) == [
+        "new is not written for the CPU kernels yet"
+    ]
 
 
 def test_a_named_backend_never_falls_back():
@@ -79,16 +87,16 @@ def test_a_passed_over_backend_is_logged_once(caplog, monkeypatch):
 def test_landing_on_reference_warns_once(monkeypatch):
     monkeypatch.setattr(dispatch, "_said", set())
     monkeypatch.setattr(dispatch, "LARGE_REFERENCE", 10)
-    sink = torch.zeros(2)
+    q, sink = Q.double(), torch.zeros(2)
     with pytest.warns(RuntimeWarning, match="slow 'reference' backend"):
-        fastgpt.attention(Q, Q, Q, sink=sink)
+        fastgpt.attention(q, q, q, sink=sink)
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fastgpt.attention(Q, Q, Q, sink=sink)
+        fastgpt.attention(q, q, q, sink=sink)
         monkeypatch.setattr(dispatch, "_said", set())
-        fastgpt.attention(Q, Q, Q, sink=sink, backend="reference")
+        fastgpt.attention(q, q, q, sink=sink, backend="reference")
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -10,9 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.ops.attention.spec import FEATURES, AttentionCall, AttentionSpec, AttentionTensors
+from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
 from fastgpt.ops.native import DTYPES, pass_tensor, pointer, refusals
 
+# All that a call may ask for today; a new feature is unsupported until it is written here.
+FEATURES = (
+    "window",
+    "softcap",
+    "dropout",
+    "alibi",
+    "sink",
+    "bias",
+    "varlen",
+    "key_ranges",
+    "lse",
+    "backward",
+)
+NO_STRIDES: tuple[int, ...] = (0, 0, 0, 0)
 BIAS_TYPES = {**DTYPES, torch.bool: 3}  # BiasType in csrc/include/fastgpt/params.h
 
 
@@ -50,7 +64,7 @@ class _Options:
         slopes, sink = (
             None if t is None else t.float().contiguous() for t in (tensors.alibi_slopes, tensors.sink)
         )
-        bias, strides = tensors.attn_bias, (0, 0, 0, 0)
+        bias, strides = tensors.attn_bias, NO_STRIDES
         if bias is not None:
             if bias.dtype not in BIAS_TYPES:
                 bias = bias.float()
@@ -136,7 +150,7 @@ def backward(
         pass_tensor(dv),
         pointer(dsink),
         pointer(dbias),
-        (0, 0, 0, 0) if dbias is None else _bias_strides(dbias, q, k),
+        NO_STRIDES if dbias is None else _bias_strides(dbias, q, k),
         spec.softmax_scale,
         spec.window_left,
         spec.window_right,

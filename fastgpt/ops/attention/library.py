@@ -69,10 +69,7 @@ def _check_edges(name: str, edges: Tensor, total: int) -> None:
 
 def _check_key_ranges(k: Tensor, tensors: AttentionTensors) -> None:
     edges, batch = tensors.cu_seqlens_k, k.shape[0]
-    if edges is not None:
-        rows = (edges[1:] - edges[:-1]).tolist()
-    else:
-        rows = [k.shape[1]] * batch
+    rows = [k.shape[1]] * batch if edges is None else (edges[1:] - edges[:-1]).tolist()
     used = rows if tensors.seqused_k is None else tensors.seqused_k.tolist()
     if any(not 0 <= n <= most for n, most in zip(used, rows, strict=True)):
         raise ValueError(f"seqused_k: got {used}, expected 0 to {rows}, the keys of each sequence")

@@ -184,10 +184,8 @@ def _sequences(q: Tensor, k: Tensor, tensors: AttentionTensors) -> Iterator[_Seq
     edges_q, edges_k = tensors.cu_seqlens_q, tensors.cu_seqlens_k
     packed = edges_q is not None and edges_k is not None
     for b in range(edges_q.shape[0] - 1 if edges_q is not None else q.shape[0]):
-        first, rows = (
-            (int(edges_k[b]), int(edges_k[b + 1] - edges_k[b])) if edges_k is not None else (0, k.shape[1])
-        )
-        used = rows if tensors.seqused_k is None else int(tensors.seqused_k[b])
+        first, end = (0, k.shape[1]) if edges_k is None else edges_k[b : b + 2].tolist()
+        used = end - first if tensors.seqused_k is None else int(tensors.seqused_k[b])
         pad = 0 if tensors.leftpad_k is None else int(tensors.leftpad_k[b])
         of_k = slice(first + pad, first + used)
         slopes, bias = tensors.alibi_slopes, tensors.attn_bias
@@ -222,9 +220,8 @@ def forward(
     lse_shape = (q.shape[1], q.shape[0]) if spec.varlen else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_zeros(lse_shape, dtype=accumulator(q.dtype))
     for b, s in enumerate(_sequences(q, k, tensors)):
-        out_b, lse_b = _forward_dense(
-            q[s.queries][None], k[s.keys][None], v[s.keys][None], spec, s.tensors, b
-        )
+        own = q[s.queries][None], k[s.keys][None], v[s.keys][None]
+        out_b, lse_b = _forward_dense(*own, spec, s.tensors, b)
         out[s.queries] = out_b[0]
         _lse_of(lse, s).copy_(lse_b[0])
     return out, lse

@@ -35,9 +35,10 @@ class AttentionTensors(NamedTuple):
     """The optional tensors of a call; None where the call has none.
 
     cu_seqlens_q, cu_seqlens_k: (batch + 1), int32. seqused_k, leftpad_k: (batch), int32; the keys of a
-    sequence are its rows [leftpad_k, seqused_k), numbered from 0. alibi_slopes: (nheads) or (batch, nheads), fp32.
-    sink: (nheads), fp32. attn_bias: broadcasts to (batch, nheads, seqlen_q, seqlen_k); bool (True =
-    visible) or floating point. rng_state: (2), int64: Philox seed and offset.
+    sequence are its rows [leftpad_k, seqused_k), numbered from 0. alibi_slopes: (nheads) or
+    (batch, nheads), fp32. sink: (nheads), fp32. attn_bias: broadcasts to
+    (batch, nheads, seqlen_q, seqlen_k); bool (True = visible) or floating point. rng_state: (2), int64:
+    Philox seed and offset.
     """
 
     cu_seqlens_q: Tensor | None = None
