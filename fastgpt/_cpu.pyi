@@ -60,6 +60,7 @@ def decode(
     window_right: int,
     num_splits: int,
     num_threads: int,
+    options: tuple[Any, ...] | None,
 ) -> None: ...
 def norm_forward(
     dtype: int,

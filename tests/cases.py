@@ -206,3 +206,74 @@ DECODE = [
     DecodeCase(60, 60, 200, (0, 130), 4, 2, 64, 64),  # prefill, and a chunk behind others
     DecodeCase(40, 40, 400, (350, 1), 2, 1, 48, 24, window=(25, 0)),
 ]
+
+
+class DecodeVariant(NamedTuple):
+    """A case with more of the specification; the case's lengths are without padding."""
+
+    case: DecodeCase
+    softcap: float = 0.0
+    slopes: tuple[int, ...] | None = None
+    sink: bool = False
+    rotary_dim: int = 0
+    interleaved: bool = True
+    leftpad: tuple[int, ...] | None = None
+    shuffled: bool = False  # cache_batch_idx
+    page_size: int = 0
+    cache_dtype: torch.dtype | None = None
+    descale: tuple[int, ...] = ()
+
+
+_D = DecodeCase
+_INT8, _FP8 = torch.int8, torch.float8_e4m3fn
+
+DECODE_VARIANTS = {
+    "softcap": DecodeVariant(_D(1, 1, 400, (300, 7), 4, 2, 40, 24), softcap=1.5),
+    "alibi": DecodeVariant(_D(3, 3, 400, (300, 7), 4, 2, 40, 24), slopes=(4,)),
+    "alibi per batch, prefill": DecodeVariant(_D(30, 30, 400, (300, 7), 4, 2, 40, 24), slopes=(2, 4)),
+    "sink": DecodeVariant(_D(1, 0, 700, (0, 600), 4, 2, 64, 64), sink=True),
+    "sink, window": DecodeVariant(_D(2, 2, 700, (3, 600), 4, 1, 64, 64, window=(100, 0)), sink=True),
+    "rotary, neighbours": DecodeVariant(_D(1, 1, 400, (300, 0), 4, 2, 64, 64), rotary_dim=64),
+    "rotary, halves": DecodeVariant(_D(3, 3, 400, (300, 0), 4, 2, 64, 64), rotary_dim=64, interleaved=False),
+    "rotary of a part": DecodeVariant(_D(2, 2, 400, (300, 0), 4, 2, 80, 16), rotary_dim=34),
+    "rotary of a part, halves": DecodeVariant(
+        _D(2, 2, 400, (300, 0), 4, 2, 33, 16), rotary_dim=6, interleaved=False
+    ),
+    "rotary, not causal": DecodeVariant(_D(3, 3, 400, (300, 5), 4, 2, 64, 64, causal=False), rotary_dim=32),
+    "rotary, prefill": DecodeVariant(
+        _D(40, 40, 400, (0, 300), 4, 2, 64, 64), rotary_dim=64, interleaved=False
+    ),
+    "left padding": DecodeVariant(_D(1, 1, 700, (600, 0, 13), 4, 2, 64, 64), leftpad=(0, 77, 20)),
+    "left padding, rotary, window": DecodeVariant(
+        _D(2, 2, 700, (600, 0, 13), 4, 2, 64, 64, window=(40, 0)), leftpad=(0, 77, 20), rotary_dim=64
+    ),
+    "cache_batch_idx": DecodeVariant(_D(1, 1, 300, (200, 0, 13), 4, 2, 64, 64), shuffled=True),
+    "pages of 16": DecodeVariant(_D(1, 1, 320, (300, 0, 17), 4, 2, 64, 64), page_size=16),
+    "pages of 1": DecodeVariant(_D(1, 1, 90, (80, 3), 4, 2, 64, 64), page_size=1),
+    "pages of 7, splits": DecodeVariant(_D(2, 2, 700, (600, 3), 4, 4, 24, 40, num_splits=3), page_size=7),
+    "pages of 256, prefill": DecodeVariant(_D(50, 50, 512, (300, 0), 4, 2, 64, 64), page_size=256),
+    "pages, padding, rotary": DecodeVariant(
+        _D(1, 1, 320, (250, 17), 4, 1, 64, 64),
+        page_size=32,
+        leftpad=(3, 40),
+        rotary_dim=64,
+        interleaved=False,
+    ),
+    "int8": DecodeVariant(_D(1, 1, 600, (500, 9), 4, 2, 64, 64), cache_dtype=_INT8, descale=(2,)),
+    "int8, prefill": DecodeVariant(
+        _D(40, 40, 600, (500, 9), 4, 2, 64, 33), cache_dtype=_INT8, descale=(2, 2)
+    ),
+    "fp8": DecodeVariant(_D(1, 1, 600, (500, 9), 8, 2, 128, 128), cache_dtype=_FP8, descale=(2, 2)),
+    "fp8, prefill": DecodeVariant(_D(20, 20, 600, (500, 9), 4, 2, 63, 64), cache_dtype=_FP8, descale=(2,)),
+    "everything": DecodeVariant(
+        _D(2, 2, 640, (500, 9), 8, 2, 64, 48, window=(300, 0), num_splits=2),
+        softcap=5.0,
+        slopes=(2, 8),
+        sink=True,
+        rotary_dim=48,
+        leftpad=(11, 0),
+        page_size=32,
+        cache_dtype=_INT8,
+        descale=(2, 2),
+    ),
+}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from backends import AVAILABLE, DTYPES, assert_parity
-from cases import DECODE, DecodeCase
+from cases import DECODE, DECODE_VARIANTS, DecodeCase, DecodeVariant
+from test_attention import plain_attention
 
 import fastgpt
+from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
 
 CASES = [pytest.param(case, id=str(case)) for case in DECODE]
 WITH_LSE = [name for name in AVAILABLE if name != "torch"]
@@ -81,6 +83,165 @@ def test_parity(case: DecodeCase, backend, dtype):
         assert torch.equal(cache.nan_to_num(7e3), old.nan_to_num(7e3))
 
 
+class Paged:
+    """A variant's caches as they lie in memory, and each sequence's rows in them."""
+
+    def __init__(self, variant: DecodeVariant, dtype: torch.dtype) -> None:
+        case, batch = variant.case, len(variant.case.lengths)
+        self.pads = variant.leftpad or (0,) * batch
+        self.dtype = variant.cache_dtype or dtype
+        capacity, page = case.capacity, variant.page_size
+        self.table = self.index = None
+        if page:
+            pages = capacity // page
+            self.table = torch.randperm(batch * pages + 3)[: batch * pages].view(batch, pages).int()
+            leading = (batch * pages + 3, page)
+        else:
+            leading = (batch + 2 * variant.shuffled, capacity)
+        if variant.shuffled:
+            self.index = torch.randperm(batch + 2)[:batch].int()
+        self.caches, self.scales = [], []
+        for dim in (case.headdim, case.headdim_v):
+            cache = torch.full((*leading, case.nheads_k, dim), torch.nan)
+            scale = torch.ones(batch, case.nheads_k)
+            if variant.cache_dtype is not None:
+                # Some of the values drawn below lie beyond the largest that can be stored.
+                largest = 127 if variant.cache_dtype == torch.int8 else 448
+                scale = (torch.rand(*variant.descale) + 0.5) * 3.0 / largest
+            self.scales.append(scale)
+            self.caches.append((cache.nan_to_num(99) if self.dtype == torch.int8 else cache).to(self.dtype))
+        for b, length in enumerate(case.lengths):
+            for cache, dim in zip(self.caches, (case.headdim, case.headdim_v), strict=True):
+                values = torch.randn(length, case.nheads_k, dim)
+                if variant.cache_dtype is not None:
+                    values = (values * (40 if variant.cache_dtype == torch.int8 else 100)).clamp(-127, 127)
+                cache[self.places(b, length)] = values.to(self.dtype)
+        if self.table is not None:  # what is not needed must not be looked at
+            for b, length in enumerate(case.lengths):
+                used = -(-(self.pads[b] + length + case.appended) // page)
+                self.table[b, used:] = torch.tensor([-5, 10**6])[torch.arange(pages - used) % 2].int()
+
+    def places(self, b: int, length: int, first: int = 0):
+        rows = torch.arange(first, length) + self.pads[b]
+        if self.table is not None:
+            page = self.caches[0].shape[1]
+            return self.table[b].long()[rows // page], rows % page
+        return (int(self.index[b]) if self.index is not None else b), rows
+
+    def keys(self, which: int, b: int, length: int, first: int = 0):
+        """A sequence's keys (0) or values (1), dequantized, in float64."""
+        scale = self.scales[which].double()
+        scale = scale if scale.dim() == 1 else scale[b]
+        return self.caches[which][self.places(b, length, first)].double() * scale[:, None]
+
+
+def rotated(x, positions, angles, variant: DecodeVariant):
+    """x (seqlen, heads, dim) with its pairs turned by complex multiplication."""
+    half = variant.rotary_dim // 2
+    if not half:
+        return x
+    turned = x.double().clone()
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        if variant.interleaved
+        else (slice(0, half), slice(half, 2 * half))
+    )
+    z = torch.complex(turned[..., first], turned[..., second])
+    z = z * torch.polar(torch.ones_like(angles), angles)[positions][:, None]
+    turned[..., first], turned[..., second] = z.real, z.imag
+    return turned.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", WITH_LSE)
+@pytest.mark.parametrize("name", DECODE_VARIANTS)
+def test_variant_parity(name, backend, dtype):
+    variant = DECODE_VARIANTS[name]
+    case, batch, new = variant.case, len(variant.case.lengths), variant.case.appended
+    cache = Paged(variant, dtype)
+    before = [c.clone() for c in cache.caches]
+    q = torch.randn(batch, case.sq, case.nheads, case.headdim).to(dtype)
+    k, v = (
+        torch.randn(batch, new, case.nheads_k, dim).to(dtype) if new else None
+        for dim in (case.headdim, case.headdim_v)
+    )
+    slopes = None if variant.slopes is None else torch.rand(variant.slopes)
+    sink = torch.randn(case.nheads) if variant.sink else None
+    angles = 3 * torch.rand(case.capacity, variant.rotary_dim // 2, dtype=torch.float64)
+    out, lse = fastgpt.attention_with_kvcache(
+        q,
+        *cache.caches,
+        k,
+        v,
+        cache_seqlens=torch.tensor([p + n for p, n in zip(cache.pads, case.lengths, strict=True)]).int(),
+        softcap=variant.softcap,
+        alibi_slopes=slopes,
+        sink=sink,
+        rotary_cos=angles.cos().float() if variant.rotary_dim else None,
+        rotary_sin=angles.sin().float() if variant.rotary_dim else None,
+        rotary_interleaved=variant.interleaved,
+        cache_batch_idx=cache.index,
+        cache_leftpad=None if variant.leftpad is None else torch.tensor(variant.leftpad).int(),
+        block_table=cache.table,
+        k_descale=cache.scales[0] if variant.cache_dtype else None,
+        v_descale=cache.scales[1] if variant.cache_dtype else None,
+        return_lse=True,
+        backend=backend,
+        **options(case),
+    )
+
+    # The cache: the new keys in their places, nothing else touched.
+    steps = torch.arange(case.sq) if case.causal or max(case.window) >= 0 else torch.zeros(case.sq).long()
+    for which, fresh in enumerate((k, v)):
+        for b, length in enumerate(case.lengths):
+            if fresh is None:
+                continue
+            places = cache.places(b, length + new, length)
+            wanted = fresh[b]
+            if which == 0:
+                wanted = rotated(wanted, length + torch.arange(new), angles, variant)
+            got = cache.keys(which, b, length + new, length)
+            if variant.cache_dtype is None:
+                tolerance = {"rtol": 0, "atol": 0} if not variant.rotary_dim or which else {}
+                torch.testing.assert_close(got.to(dtype), wanted, **tolerance)
+            else:
+                scale = cache.scales[which].double()
+                scale = (scale if scale.dim() == 1 else scale[b])[:, None]
+                limit = 127 if variant.cache_dtype == torch.int8 else 448
+                wanted = wanted.double().clamp(-limit * scale, limit * scale)
+                # Half a step: of 1, or of 1/8 of the power of two below (subnormal: 2^−9).
+                step = torch.ones_like(wanted)
+                if variant.cache_dtype != torch.int8:
+                    step = torch.exp2((wanted / scale).abs().log2().floor().clamp(min=-6)) / 8
+                assert ((got - wanted).abs() <= scale * step * 0.5 + 1e-2 * step * scale + 1e-6).all()
+            before[which][places] = cache.caches[which][places]
+        raw = torch.uint8 if variant.cache_dtype else torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(cache.caches[which].view(raw), before[which].view(raw))
+
+    def plain_sequences(precision):
+        outs, lses = [], []
+        for b, length in enumerate(case.lengths):
+            keys, values = (cache.keys(which, b, length + new).to(precision) for which in (0, 1))
+            turned = rotated(q[b], length + steps, angles, variant).to(precision)
+            out, lse = plain_attention(
+                turned[None],
+                keys[None],
+                values[None],
+                case.causal,
+                case.window,
+                softcap=variant.softcap,
+                slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1],
+                sink=sink,
+            )
+            outs.append(out)
+            lses.append(lse)
+        return torch.cat(outs), torch.cat(lses)
+
+    rough, exact = plain_sequences(dtype), plain_sequences(torch.float64)
+    assert_parity("out", out, rough[0], exact[0])
+    assert_parity("lse", lse, rough[1], exact[1])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_torch_backend(case: DecodeCase):
     q, k_cache, v_cache, k, v, lengths = make(case, torch.float64)
@@ -147,10 +308,29 @@ def test_steps_of_a_cache_equal_one_pass(backend):
 @pytest.mark.parametrize("backend", WITH_LSE)
 def test_opcheck(backend):
     q, k_cache, v_cache, k, v, lengths = make(DecodeCase(1, 1, 20, (3, 9), 4, 2, 8, 8), torch.float32, fill=0)
-    torch.library.opcheck(
-        torch.ops.fastgpt.attention_kvcache.default,
-        (q, k_cache, v_cache, k, v, lengths, 0.3, -1, 0, 0, backend),
+    args = (q, k_cache, v_cache, *DecodeTensors(k, v, lengths), *DecodeSpec(0.3, -1, 0), backend)
+    torch.library.opcheck(torch.ops.fastgpt.attention_kvcache.default, args)
+
+
+@pytest.mark.parametrize("backend", WITH_LSE)
+def test_opcheck_of_every_option(backend):
+    q, k, v = (torch.randn(2, 1, heads, 8) for heads in (4, 2, 2))
+    caches = [torch.randint(-100, 100, (5, 16, 2, 8), dtype=torch.int8) for _ in range(2)]
+    tensors = DecodeTensors(
+        k,
+        v,
+        torch.tensor([3, 17], dtype=torch.int32),
+        rotary_cos=torch.rand(40, 4),
+        rotary_sin=torch.rand(40, 4),
+        cache_leftpad=torch.tensor([0, 5], dtype=torch.int32),
+        block_table=torch.tensor([[0, 1], [4, 2]], dtype=torch.int32),
+        alibi_slopes=torch.rand(2, 4),
+        sink=torch.randn(4),
+        k_descale=torch.rand(2),
+        v_descale=torch.rand(2),
     )
+    args = (q, *caches, *tensors, *DecodeSpec(0.3, 9, 0, 5.0, True, 2), backend)
+    torch.library.opcheck(torch.ops.fastgpt.attention_kvcache.default, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -204,7 +384,7 @@ BAD_INPUT = {
     "lengths' shape": (
         {"cache_seqlens": int32(3)},
         ValueError,
-        r"cache_seqlens: .*\(1,\), expected torch.int32 \(2,\)",
+        r"cache_seqlens: .*\(1,\), expected torch.int32 \(batch\), batch 2",
     ),
     "lengths' type": ({"cache_seqlens": 3.0}, TypeError, "cache_seqlens: got float"),
     "k without v": ({"v": None}, ValueError, "v: got None, expected k and v together"),
@@ -236,6 +416,82 @@ BAD_INPUT = {
     "splits' type": ({"num_splits": 1.5}, TypeError, "num_splits: got 1.5"),
     "scale": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale: got nan"),
     "gradient": ({"q": torch.randn(2, 1, 4, 8, requires_grad=True)}, RuntimeError, "no backward"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap: got -1"),
+    "index's range": (
+        {"cache_batch_idx": int32(0, 2)},
+        ValueError,
+        r"cache_batch_idx: got \[0, 2\].* 0 to 1",
+    ),
+    "index twice": ({"cache_batch_idx": int32(1, 1)}, ValueError, "cache_batch_idx: .*no index twice"),
+    "padding": ({"cache_leftpad": int32(0, 10)}, ValueError, r"cache_leftpad: got \[0, 10\]"),
+    "padding's dtype": (
+        {"cache_leftpad": torch.tensor([0, 1])},
+        ValueError,
+        "cache_leftpad: got torch.int64",
+    ),
+    "padding's type": ({"cache_leftpad": 3}, TypeError, "cache_leftpad: got int"),
+    "block": (
+        {"block_table": int32(0, 1, 2, 0).view(2, 2)},
+        ValueError,
+        r"block_table: got \[2\] for sequence 1, expected 0 to 1",
+    ),
+    "block written twice": (
+        {"block_table": int32(0, 1, 0, 1).view(2, 2)},
+        ValueError,
+        "block_table: got a block into which the new keys of two places go",
+    ),
+    "table's rank": (
+        {"block_table": int32(0, 1)},
+        ValueError,
+        r"block_table: .*expected .*\(batch, blocks\)",
+    ),
+    "table and index": (
+        {"block_table": int32(0, 1).view(2, 1), "cache_batch_idx": int32(0, 1)},
+        ValueError,
+        "cache_batch_idx: got a tensor, expected None with a block_table",
+    ),
+    "slopes": (
+        {"alibi_slopes": torch.rand(3)},
+        ValueError,
+        r"alibi_slopes: got shape \(3,\), expected \(4,\)",
+    ),
+    "sink": ({"sink": torch.rand(2, 4)}, ValueError, r"sink: got shape \(2, 4\), expected \(4,\)"),
+    "scale without need": (
+        {"k_descale": torch.rand(2)},
+        ValueError,
+        "k_descale: got a tensor, expected None",
+    ),
+    "scale missing": (
+        {
+            "k_cache": torch.zeros(2, 20, 2, 8, dtype=torch.int8),
+            "v_cache": torch.zeros(2, 20, 2, 8, dtype=torch.int8),
+            "k_descale": torch.rand(2),
+        },
+        ValueError,
+        "v_descale: got None, expected a tensor",
+    ),
+    "two cache dtypes": (
+        {"k_cache": torch.zeros(2, 20, 2, 8, dtype=torch.int8)},
+        TypeError,
+        "v_cache: got dtype torch.float32, expected torch.int8 like k_cache",
+    ),
+    "rotary alone": ({"rotary_cos": torch.rand(30, 4)}, ValueError, "rotary_sin: got None"),
+    "rotary without keys": (
+        {"rotary_cos": torch.rand(30, 4), "rotary_sin": torch.rand(30, 4), "k": None, "v": None},
+        ValueError,
+        "rotary_cos: got a tensor, expected None without new keys",
+    ),
+    "rotary too wide": (
+        {"rotary_cos": torch.rand(30, 5), "rotary_sin": torch.rand(30, 5)},
+        ValueError,
+        r"rotary_cos: got shape \(30, 5\)",
+    ),
+    "rotary too short": (
+        {"rotary_cos": torch.rand(9, 4), "rotary_sin": torch.rand(9, 4)},
+        ValueError,
+        "rotary_cos: got 9 positions, expected at least 10",
+    ),
+    "rotary's style": ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved: got 1"),
 }
 
 

@@ -18,6 +18,20 @@ FASTGPT_INLINE Rows<T> rows_of(const Tensor& t, int64_t b, int64_t h, int64_t fi
           t.seq_stride};
 }
 
+// Where attention forward finds the keys and values of (b, h), and what their elements are multiplied by.
+template <class T>
+struct DenseKeys {
+  const AttentionParams& p;
+  FASTGPT_INLINE Rows<const T> k(int64_t b, int64_t h) const {
+    return rows_of<const T>(p.k, b, h, p.first_key_row(b));
+  }
+  FASTGPT_INLINE Rows<const T> v(int64_t b, int64_t h) const {
+    return rows_of<const T>(p.v, b, h, p.first_key_row(b));
+  }
+  FASTGPT_INLINE float k_factor(int64_t, int64_t) const { return 1.0f; }
+  FASTGPT_INLINE float v_factor(int64_t, int64_t) const { return 1.0f; }
+};
+
 // Units of work, numbered through the batch, of which sequence b has starts[b + 1] - starts[b].
 struct Units {
   int64_t batch, *starts;

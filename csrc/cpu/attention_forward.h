@@ -57,9 +57,10 @@ FASTGPT_INLINE void online_softmax(RowState& state, float* scores, int64_t begin
   }
 }
 
-template <class T>
+template <class T, class Keys = DenseKeys<T>>
 struct AttentionForward {
   const AttentionParams& p;
+  Keys keys_of{p};
   int64_t v_width = round_up(p.headdim_v, kLanes);
   int64_t q_tile_size = kQueryTile * p.headdim + kLanes;
   int64_t o_tile_size = kQueryTile * v_width;
@@ -97,10 +98,10 @@ struct AttentionForward {
         int64_t b = chunks.sequence_of(u), in_b = u - chunks.starts[b];
         int64_t h = in_b % p.nheads_k, first = in_b / p.nheads_k * kChunkKeys;
         int64_t n = min(kChunkKeys, p.keys(b) - first), at = slot(b, h) + first;
-        Rows<const T> k = rows_of<const T>(p.k, b, h, p.first_key_row(b));
-        Rows<const T> v = rows_of<const T>(p.v, b, h, p.first_key_row(b));
-        pack_panels<kTileCols>(k.from(first), n, p.headdim, 1.0f, packed_k + at * p.headdim);
-        pack_rows(v.from(first), n, p.headdim_v, 1.0f, packed_v + at * v_width, v_width);
+        pack_panels<kTileCols>(keys_of.k(b, h).from(first), n, p.headdim, keys_of.k_factor(b, h),
+                               packed_k + at * p.headdim);
+        pack_rows(keys_of.v(b, h).from(first), n, p.headdim_v, keys_of.v_factor(b, h),
+                  packed_v + at * v_width, v_width);
       }
 #pragma omp barrier
       float* workspace = workspaces + next_unit(&thread_counter) * thread_size;

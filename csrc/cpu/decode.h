@@ -1,17 +1,24 @@
 // Attention of a few queries over a KV cache (Flash-Decoding, Dao et al. 2023): appends the new keys and
 // values, then out = softmax(s) v as in attention_forward.h, for few rows per kv head.
 //
-// Caches (B, capacity, Hk, D) and (B, capacity, Hk, Dv) in fp32, bf16 or fp16, read once, where they lie:
-// this kernel is bound by memory. The rows of one kv head are all query heads of its group times the
-// queries, so a group costs one pass over its keys. One unit of work = one kv head and one part of its
-// keys, with its own softmax state (m, l, acc) in fp32; a second pass merges the parts in order. Parts are
-// kSplitKeys keys unless num_splits is given, so the bits depend neither on the threads nor on the batch.
+// Caches (B, capacity, Hk, D) and (B, capacity, Hk, Dv), or paged, in fp32, bf16 or fp16 like q, or in int8
+// or fp8-e4m3 with a scale per head; read once, where they lie: this kernel is bound by memory. The rows of
+// one kv head are all query heads of its group times the queries, so a group costs one pass over its keys.
+// One unit of work = one part of the keys of one sequence, and as many neighbouring heads as make reading a
+// key worth a page of memory, walked over in blocks of keys in the order of memory; each head has a softmax
+// state (m, l, acc) of its own in fp32. A second pass merges the parts in order. The size of a part is fixed
+// unless num_splits is given, so the bits depend neither on the threads nor on the batch.
 // Nothing behind a sequence's keys is read. Many rows (a prefill) go to attention_forward.h instead.
+//
+// Rotary embedding (Su et al. 2021, arXiv:2104.09864) of q and the new keys: the pairs (x1, x2) of the first
+// rotary_dim elements, halves or neighbours, become (x1 cos - x2 sin, x2 cos + x1 sin).
 //
 // A row that sees no key: out = 0, lse = -inf. Error bound: tests/test_decode.py::test_parity.
 
-constexpr int64_t kSplitKeys = 256;
+constexpr int64_t kSplitKeys = 256;      // of a part
+constexpr int64_t kUnitBytes = 4096;     // of one key's row in a unit: a page, so that pages are read whole
 constexpr int64_t kDecodeBlock = 64;     // keys whose scores are held at a time
+constexpr int64_t kSharedBlock = 16;     // the same where a unit has several heads, which share the pages
 constexpr int64_t kDecodeRows = 16;      // more rows than this are attention_forward.h's work
 constexpr int64_t kSerialBytes = 65536;  // less K and V than this is not worth waking a thread for
 
@@ -33,19 +40,21 @@ FASTGPT_INLINE vf sums<1>(vf* x) {
 // The caches are two streams that the hardware does not predict (short rows, far apart, in turn).
 template <class T>
 FASTGPT_INLINE void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
 }
 
-// scores[r][j] = q_r . k_j for kRows rows (of width kWidth floats, zero behind dim) and `keys` keys.
+// scores[r][j] = q_r . k_j, k_j = k[j] + offset, for kRows rows (of width kWidth floats, zero behind dim) and
+// `keys` keys.
 template <int kRows, class T>
-void dot_rows(const float* q, int64_t width, int64_t dim, Rows<const T> k, int64_t keys, float* scores) {
+void dot_rows(const float* q, int64_t width, int64_t dim, const T* const* k, int64_t offset, int64_t keys,
+              float* scores) {
   constexpr int kKeys = kLanes / kRows;
   // Loops over acc are unrolled whole, so that it stays in registers.
   for (int64_t j = 0; j < keys; j += kKeys) {
     vf acc[kLanes];
     const T* rows[kKeys];
 #pragma GCC unroll 16
-    for (int i = 0; i < kKeys; i++) rows[i] = k[min(j + i, keys - 1)];
+    for (int i = 0; i < kKeys; i++) rows[i] = k[min(j + i, keys - 1)] + offset;
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) acc[i] = vf{};
     int64_t d = 0;
@@ -70,9 +79,9 @@ void dot_rows(const float* q, int64_t width, int64_t dim, Rows<const T> k, int64
   }
 }
 
-// out[r][:] += sum_j probs[r][j] v_j for kRows rows, in blocks of kVectors vectors of the head dim.
+// out[r][d:] += sum_j probs[r][j] v_j[d:] for kRows rows and kVectors vectors of the head dim.
 template <int kRows, int kVectors, class T>
-FASTGPT_INLINE void accumulate_columns(const float* probs, Rows<const T> v, int64_t d, int64_t keys,
+FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, int64_t d, int64_t keys,
                                        float* out, int64_t width) {
   vf acc[kRows][kVectors];
 #pragma GCC unroll 16
@@ -95,8 +104,10 @@ FASTGPT_INLINE void accumulate_columns(const float* probs, Rows<const T> v, int6
 }
 
 template <int kRows, class T>
-void accumulate_rows(const float* probs, Rows<const T> v, int64_t dim, int64_t keys, float* out,
-                     int64_t width) {
+void accumulate_rows(const float* probs, const T* const* rows, int64_t offset, int64_t dim, int64_t keys,
+                     float* out, int64_t width) {
+  const T* v[kDecodeBlock];
+  for (int64_t j = 0; j < keys; j++) v[j] = rows[j] + offset;
   constexpr int kVectors = kLanes >= 16 ? 16 / kRows : 8 / kRows;
   int64_t d = 0;
   for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes)
@@ -110,103 +121,240 @@ void accumulate_rows(const float* probs, Rows<const T> v, int64_t dim, int64_t k
     }
 }
 
+// The rows of one head of a sequence's cache, from its first key on.
 template <class T>
+struct CacheRows {
+  T* data;
+  int64_t stride;
+  const int32_t* table;  // the sequence's blocks; null: rows lie at a uniform distance
+  int64_t page_size, page_stride, first;
+
+  FASTGPT_INLINE T* operator[](int64_t j) const {
+    int64_t row = first + j;
+    if (!table) return data + row * stride;
+    return data + table[row / page_size] * page_stride + row % page_size * stride;
+  }
+  FASTGPT_INLINE CacheRows from(int64_t j) const {
+    return {data, stride, table, page_size, page_stride, first + j};
+  }
+};
+
+template <class T>
+FASTGPT_INLINE CacheRows<T> cache_rows(const DecodeParams& p, const Tensor& cache, int64_t b, int64_t h) {
+  T* data = static_cast<T*>(cache.data) + h * cache.head_stride;
+  int64_t first = p.leftpad_k ? p.leftpad_k[b] : 0;
+  if (p.block_table)
+    return {data,        cache.seq_stride,   p.block_table + b * p.block_table_stride,
+            p.page_size, cache.batch_stride, first};
+  int64_t sequence = p.cache_batch_idx ? p.cache_batch_idx[b] : b;
+  return {data + sequence * cache.batch_stride, cache.seq_stride, nullptr, 0, 0, first};
+}
+
+FASTGPT_INLINE float descale(const DecodeParams& p, const float* scales, int64_t b, int64_t h) {
+  return scales ? scales[b * p.descale_batch_stride + h] : 1.0f;
+}
+
+// Where attention forward finds the keys of a cache: DenseKeys.
+template <class KV>
+struct CachedKeys {
+  const DecodeParams& p;
+  CacheRows<const KV> k(int64_t b, int64_t h) const { return cache_rows<const KV>(p, p.k, b, h); }
+  CacheRows<const KV> v(int64_t b, int64_t h) const { return cache_rows<const KV>(p, p.v, b, h); }
+  float k_factor(int64_t b, int64_t h) const { return descale(p, p.k_descale, b, h); }
+  float v_factor(int64_t b, int64_t h) const { return descale(p, p.v_descale, b, h); }
+};
+
+template <class T, class KV = T>
 struct Decode {
   const DecodeParams& p;
   int64_t group = p.nheads / p.nheads_k, rows = group * p.seqlen_q;
   int64_t width = round_up(p.headdim, kLanes), width_v = round_up(p.headdim_v, kLanes);
+  // Heads of a unit: one, if a head's keys lie side by side.
+  int64_t head_bytes = p.headdim * static_cast<int64_t>(sizeof(KV));
+  int64_t heads =
+      p.k.head_stride < p.k.seq_stride ? min(p.nheads_k, (kUnitBytes + head_bytes - 1) / head_bytes) : 1;
+  int64_t head_blocks = (p.nheads_k + heads - 1) / heads;
+  int64_t block_keys = heads > 1 ? kSharedBlock : kDecodeBlock;
   // Of any sequence: a shorter one may be cut into more parts than the longest is.
   int64_t parts_max =
       p.num_splits ? min(p.num_splits, p.seqlen_k) : (p.seqlen_k + kSplitKeys - 1) / kSplitKeys;
-  // One part's state: acc (rows, width_v), m (rows), l (rows).
+  // The state of one part of one head: acc (rows, width_v), m (rows), l (rows).
   int64_t state_size = rows * width_v + 2 * round_up(rows, kLanes);
-  int64_t thread_size = round_up(rows * width + rows * kDecodeBlock, 16);
+  int64_t thread_size = round_up(heads * rows * width + rows * kDecodeBlock, 16);
   float *states = nullptr, *workspaces = nullptr;
   bool terms = has_score_terms(p);
 
   void run() {
-    int64_t kv_bytes = p.batch * p.nheads_k * p.seqlen_k * (p.headdim + p.headdim_v) * sizeof(T);
+    int64_t kv_bytes = p.batch * p.nheads_k * p.seqlen_k * (p.headdim + p.headdim_v) * sizeof(KV);
     int threads = kv_bytes < kSerialBytes ? 1 : p.num_threads;
     bool tiled = rows > kDecodeRows;
-    int64_t units = p.batch * p.nheads_k * parts_max;
+    int64_t tokens = p.seqlen_new + (p.rotary_dim ? p.seqlen_q : 0);
+    int64_t units = p.batch * head_blocks * parts_max, all_states = p.batch * p.nheads_k * parts_max;
     if (!tiled) {
-      states = scratch(units * state_size + threads * thread_size);
-      workspaces = states + units * state_size;
+      states = scratch(all_states * state_size + threads * thread_size);
+      workspaces = states + all_states * state_size;
     }
     int64_t append_counter = 0, unit_counter = 0, thread_counter = 0, merge_counter = 0;
 #pragma omp parallel num_threads(threads)
     {
-      if (p.seqlen_new) {
-        for (int64_t u; (u = next_unit(&append_counter)) < p.batch * p.seqlen_new;)
-          append(u / p.seqlen_new, u % p.seqlen_new);
+      if (tokens) {
+        for (int64_t u; (u = next_unit(&append_counter)) < p.batch * tokens;) {
+          int64_t b = u / tokens, token = u % tokens;
+          if (token < p.seqlen_new)
+            append(b, token);
+          else
+            rotate_query(b, token - p.seqlen_new);
+        }
 #pragma omp barrier
       }
       if (!tiled) {
         float* workspace = workspaces + next_unit(&thread_counter) * thread_size;
-        for (int64_t u; (u = next_unit(&unit_counter)) < units;) {
-          int64_t head = u / parts_max;
-          part(head / p.nheads_k, head % p.nheads_k, u % parts_max, states + u * state_size, workspace);
-        }
+        for (int64_t u; (u = next_unit(&unit_counter)) < units;)
+          part(u / (head_blocks * parts_max), u / parts_max % head_blocks, u % parts_max, workspace);
 #pragma omp barrier
         for (int64_t u; (u = next_unit(&merge_counter)) < p.batch * p.nheads_k;)
           merge(u / p.nheads_k, u % p.nheads_k, states + u * parts_max * state_size);
       }
     }
-    if (tiled) AttentionForward<T>{p}.run();
+    if (tiled) AttentionForward<T, CachedKeys<KV>>{p, {p}}.run();
+  }
+
+  // --- rotary embedding and append ---
+
+  // The row of cosines or sines of a position, as fp32.
+  void rotary_row(const void* table, int64_t position, float* row) const {
+    int64_t half = p.rotary_dim / 2;
+    auto widen = [&](const auto* source) {
+      for (int64_t d = 0; d < half; d += kLanes)
+        store_upto(row + d, load_upto(source + position * half + d, half - d), half - d);
+    };
+    if (p.rotary_dtype == DType::f32)
+      widen(static_cast<const float*>(table));
+    else if (p.rotary_dtype == DType::bf16)
+      widen(static_cast<const bf16*>(table));
+    else
+      widen(static_cast<const f16*>(table));
+  }
+
+  // Rotates heads of one token, in registers of fp32, rounded to their type.
+  void rotate(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t count,
+              int64_t position) const {
+    constexpr int64_t kMaxDim = 256;
+    float cos[kMaxDim / 2], sin[kMaxDim / 2], x[kMaxDim + kLanes], y[kMaxDim + kLanes];
+    rotary_row(p.rotary_cos, position, cos);
+    rotary_row(p.rotary_sin, position, sin);
+    int64_t half = p.rotary_dim / 2, step = p.rotary_interleaved ? 2 : 1;
+    int64_t distance = p.rotary_interleaved ? 1 : half;
+    for (int64_t h = 0; h < count; h++, in += in_stride, out += out_stride) {
+      for (int64_t d = 0; d < p.headdim; d += kLanes) {
+        vf value = load_upto(in + d, p.headdim - d);
+        store(x + d, value);
+        store(y + d, value);
+      }
+      for (int64_t i = 0; i < half; i++) {
+        float x1 = x[i * step], x2 = x[i * step + distance];
+        y[i * step] = x1 * cos[i] - x2 * sin[i];
+        y[i * step + distance] = x2 * cos[i] + x1 * sin[i];
+      }
+      for (int64_t d = 0; d < p.headdim; d += kLanes) store_upto(out + d, load(y + d), p.headdim - d);
+    }
+  }
+
+  void rotate_query(int64_t b, int64_t i) {
+    // Without a mask by position, all queries are at that of the first new token.
+    bool positioned = p.window_left >= 0 || p.window_right >= 0;
+    int64_t position = p.keys(b) - p.seqlen_new + (positioned ? i : 0);
+    Rows<const T> in = rows_of<const T>(p.q_source, b, 0, i);
+    Rows<T> out = rows_of<T>(p.q, b, 0, i);
+    rotate(in[0], p.q_source.head_stride, out[0], p.q.head_stride, p.nheads, position);
   }
 
   void append(int64_t b, int64_t token) {
     int64_t position = p.keys(b) - p.seqlen_new + token;
     for (int64_t h = 0; h < p.nheads_k; h++) {
-      Rows<T> k = rows_of<T>(p.k, b, h, 0), v = rows_of<T>(p.v, b, h, 0);
-      __builtin_memcpy(k[position], rows_of<const T>(p.k_new, b, h, token)[0], p.headdim * sizeof(T));
-      __builtin_memcpy(v[position], rows_of<const T>(p.v_new, b, h, token)[0], p.headdim_v * sizeof(T));
+      const T* k = rows_of<const T>(p.k_new, b, h, token)[0];
+      T rotated[256];
+      if (p.rotary_dim) {
+        rotate(k, 0, rotated, 0, 1, position);
+        k = rotated;
+      }
+      put(cache_rows<KV>(p, p.k, b, h)[position], k, p.headdim, descale(p, p.k_descale, b, h));
+      put(cache_rows<KV>(p, p.v, b, h)[position], rows_of<const T>(p.v_new, b, h, token)[0], p.headdim_v,
+          descale(p, p.v_descale, b, h));
     }
   }
+
+  static void put(T* place, const T* row, int64_t dim, float) {
+    __builtin_memcpy(place, row, dim * sizeof(T));
+  }
+  template <class Quantised>
+  static void put(Quantised* place, const T* row, int64_t dim, float scale) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      float x[kLanes];
+      store(x, load_upto(row + d, dim - d) / scale);
+      for (int64_t i = 0; i < min(kLanes, dim - d); i++) quantise(place + d + i, x[i]);
+    }
+  }
+
+  // --- attention ---
 
   int64_t part_keys(int64_t b) const {
     return p.num_splits ? max(1, (p.keys(b) + p.num_splits - 1) / p.num_splits) : kSplitKeys;
   }
   int64_t parts(int64_t b) const { return (p.keys(b) + part_keys(b) - 1) / part_keys(b); }
 
-  void part(int64_t b, int64_t h_k, int64_t index, float* state, float* workspace) {
+  void part(int64_t b, int64_t head_block, int64_t index, float* workspace) {
     if (index >= parts(b)) return;
+    int64_t h_first = head_block * heads, h_count = min(heads, p.nheads_k - h_first);
     Mask mask(p.seqlen_q, p.keys(b), p.window_left, p.window_right);
-    Rows<const T> k = rows_of<const T>(p.k, b, h_k, p.first_key_row(b));
-    Rows<const T> v = rows_of<const T>(p.v, b, h_k, p.first_key_row(b));
-    float *acc = state, *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
-    float *q = workspace, *scores = q + rows * width;
-    for (int64_t g = 0; g < group; g++) {
-      Rows<const T> source = rows_of<const T>(p.q, b, h_k * group + g, 0);
-      pack_rows(source, p.seqlen_q, p.headdim, p.softmax_scale * kLog2e, q + g * p.seqlen_q * width, width);
+    CacheRows<const KV> k = cache_rows<const KV>(p, p.k, b, h_first);
+    CacheRows<const KV> v = cache_rows<const KV>(p, p.v, b, h_first);
+    float *q = workspace, *scores = q + heads * rows * width;
+    auto state = [&](int64_t n) {  // of head h_first + n
+      return states + ((b * p.nheads_k + h_first + n) * parts_max + index) * state_size;
+    };
+    for (int64_t n = 0; n < h_count; n++) {
+      int64_t h_k = h_first + n;
+      for (int64_t g = 0; g < group; g++)
+        pack_rows(rows_of<const T>(p.q, b, h_k * group + g, 0), p.seqlen_q, p.headdim,
+                  p.softmax_scale * kLog2e * descale(p, p.k_descale, b, h_k),
+                  q + (n * rows + g * p.seqlen_q) * width, width);
+      float *acc = state(n), *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
+      fill_zero(acc, rows * width_v);
+      for (int64_t r = 0; r < rows; r++) m[r] = -kInf, l[r] = 0.0f;
     }
-    fill_zero(acc, rows * width_v);
-    for (int64_t r = 0; r < rows; r++) m[r] = -kInf, l[r] = 0.0f;
 
     int64_t first = max(index * part_keys(b), mask.begin(0));
     int64_t last = min((index + 1) * part_keys(b), mask.end(p.seqlen_q - 1));
-    for (int64_t j = first; j < last; j += kDecodeBlock) {
-      int64_t keys = min(kDecodeBlock, last - j);
-      Rows<const T> k_block{k[j], k.stride}, v_block{v[j], v.stride};
-      for (int64_t i = 0; i < keys; i++) {
-        prefetch_row(v_block[i], p.headdim_v);
-        if (j + i + kDecodeBlock < last) prefetch_row(k_block[i + kDecodeBlock], p.headdim);
+    for (int64_t j = first; j < last; j += block_keys) {
+      int64_t keys = min(block_keys, last - j);
+      const KV *k_rows[kDecodeBlock], *v_rows[kDecodeBlock];
+      for (int64_t i = 0; i < keys; i++) k_rows[i] = k[j + i], v_rows[i] = v[j + i];
+      int64_t ahead = min(block_keys, last - j - keys), prefetched = 0;
+      for (int64_t n = 0; n < h_count; n++) {
+        float *acc = state(n), *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
+        // The next block, in the order of memory, a share with every head.
+        for (; prefetched < ahead * (n + 1) / h_count; prefetched++) {
+          prefetch_row(k[j + keys + prefetched], (h_count - 1) * p.k.head_stride + p.headdim);
+          prefetch_row(v[j + keys + prefetched], (h_count - 1) * p.v.head_stride + p.headdim_v);
+        }
+        by_rows([&](auto count, int64_t r) {
+          dot_rows<count.value>(q + (n * rows + r) * width, width, p.headdim, k_rows, n * p.k.head_stride,
+                                keys, scores + r * kDecodeBlock);
+        });
+        for (int64_t r = 0; r < rows; r++) {
+          int64_t i = r % p.seqlen_q;
+          if (terms)
+            add_score_terms(p, b, (h_first + n) * group + r / p.seqlen_q, i, 1, j, 0, round_up(keys, kLanes),
+                            scores + r * kDecodeBlock, kDecodeBlock, nullptr);
+          softmax_row(scores + r * kDecodeBlock, mask.begin(i) - j, mask.end(i) - j, keys, m[r], l[r],
+                      acc + r * width_v);
+        }
+        by_rows([&](auto count, int64_t r) {
+          accumulate_rows<count.value>(scores + r * kDecodeBlock, v_rows, n * p.v.head_stride, p.headdim_v,
+                                       keys, acc + r * width_v, width_v);
+        });
       }
-      by_rows([&](auto count, int64_t r) {
-        dot_rows<count.value>(q + r * width, width, p.headdim, k_block, keys, scores + r * kDecodeBlock);
-      });
-      for (int64_t r = 0; r < rows; r++) {
-        int64_t i = r % p.seqlen_q;
-        if (terms)
-          add_score_terms(p, b, h_k * group + r / p.seqlen_q, i, 1, j, 0, round_up(keys, kLanes),
-                          scores + r * kDecodeBlock, kDecodeBlock, nullptr);
-        softmax_row(scores + r * kDecodeBlock, mask.begin(i) - j, mask.end(i) - j, keys, m[r], l[r],
-                    acc + r * width_v);
-      }
-      by_rows([&](auto count, int64_t r) {
-        accumulate_rows<count.value>(scores + r * kDecodeBlock, v_block, p.headdim_v, keys, acc + r * width_v,
-                                     width_v);
-      });
     }
   }
 
@@ -274,7 +422,7 @@ struct Decode {
         for (int64_t d = 0; d < width_v; d += kLanes)
           store(acc + d, load(state + r * width_v + d) * weight + (s ? load(acc + d) : vf{}));
       }
-      float inverse = 1.0f / l;
+      float inverse = descale(p, p.v_descale, b, h_k) / l;
       for (int64_t d = 0; d < p.headdim_v; d += kLanes)
         store_upto(out + d, count == 0 || l == 0.0f ? vf{} : load(acc + d) * inverse, p.headdim_v - d);
       p.lse[(b * p.nheads + h) * p.seqlen_q + i] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;

@@ -26,8 +26,15 @@ namespace {
 #include "decode.h"
 #include "norm.h"
 
+template <class T>
+using DecodeSame = Decode<T, T>;
+template <class T>
+using DecodeInt8 = Decode<T, int8_t>;
+template <class T>
+using DecodeE4m3 = Decode<T, e4m3>;
+
 // Calls Kernel<T>{params}.run() with T for the storage type.
-template <template <class> class Kernel, class Params>
+template <template <class...> class Kernel, class Params>
 void by_dtype(const Params& params) {
   switch (params.dtype) {
     case DType::f32:
@@ -39,13 +46,24 @@ void by_dtype(const Params& params) {
   }
 }
 
+void decode(const DecodeParams& params) {
+  switch (params.cache_type) {
+    case CacheType::same:
+      return by_dtype<DecodeSame>(params);
+    case CacheType::int8:
+      return by_dtype<DecodeInt8>(params);
+    case CacheType::e4m3:
+      return by_dtype<DecodeE4m3>(params);
+  }
+}
+
 // A few queries are not worth packing the keys for: they are decoded.
 void attention_forward(const AttentionParams& params) {
   bool decodes = !params.cu_seqlens_q && !params.dropout_threshold;
   if (!decodes || params.nheads / params.nheads_k * params.seqlen_q > kDecodeRows)
     return by_dtype<AttentionForward>(params);
-  DecodeParams decode{params};
-  by_dtype<Decode>(decode);
+  DecodeParams as_cache{params};
+  decode(as_cache);
 }
 
 }  // namespace
@@ -57,7 +75,7 @@ extern const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA);
 const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
     attention_forward,
     by_dtype<AttentionBackward, AttentionBackwardParams>,
-    by_dtype<Decode, DecodeParams>,
+    decode,
     by_dtype<NormForward, NormForwardParams>,
     by_dtype<NormBackward, NormBackwardParams>,
 };

@@ -156,6 +156,36 @@ void set_options(AttentionParams& p, const std::optional<PyOptions>& options) {
   p.bias.type = static_cast<BiasType>(bias_type);
 }
 
+// The same for attention over a KV cache.
+typedef std::tuple<float, uintptr_t, int64_t, uintptr_t,      // softcap, alibi, sink
+                   uintptr_t, uintptr_t, uintptr_t, int64_t,  // cache_batch_idx, leftpad, block_table
+                   int, uintptr_t, uintptr_t, int64_t,        // cache type, descales
+                   uintptr_t, uintptr_t, int, int64_t, bool, PyTensor>  // rotary
+    PyDecodeOptions;
+
+void set_options(DecodeParams& p, int64_t page_size, const std::optional<PyDecodeOptions>& options) {
+  if (!options) return;
+  uintptr_t alibi_slopes, sink, cache_batch_idx, leftpad_k, block_table, k_descale, v_descale, cos, sin;
+  int cache_type, rotary_dtype;
+  PyTensor q_source;
+  std::tie(p.softcap, alibi_slopes, p.alibi_batch_stride, sink, cache_batch_idx, leftpad_k, block_table,
+           p.block_table_stride, cache_type, k_descale, v_descale, p.descale_batch_stride, cos, sin,
+           rotary_dtype, p.rotary_dim, p.rotary_interleaved, q_source) = *options;
+  p.alibi_slopes = pointer<const float>(alibi_slopes);
+  p.sink = pointer<const float>(sink);
+  p.cache_batch_idx = pointer<const int32_t>(cache_batch_idx);
+  p.leftpad_k = pointer<const int32_t>(leftpad_k);
+  p.block_table = pointer<const int32_t>(block_table);
+  p.page_size = page_size;
+  p.cache_type = static_cast<CacheType>(cache_type);
+  p.k_descale = pointer<const float>(k_descale);
+  p.v_descale = pointer<const float>(v_descale);
+  p.rotary_cos = pointer<const void>(cos);
+  p.rotary_sin = pointer<const void>(sin);
+  p.rotary_dtype = static_cast<DType>(rotary_dtype);
+  p.q_source = tensor(q_source);
+}
+
 }  // namespace
 }  // namespace fastgpt
 
@@ -213,10 +243,12 @@ PYBIND11_MODULE(_cpu, m) {
       [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k_cache,
                 const PyTensor& v_cache, const PyTensor& out, uintptr_t lse, uintptr_t cache_seqlens,
                 int64_t seqlen_new, const PyTensor& k_new, const PyTensor& v_new, float softmax_scale,
-                int64_t window_left, int64_t window_right, int64_t num_splits, int num_threads) {
+                int64_t window_left, int64_t window_right, int64_t num_splits, int num_threads,
+                const std::optional<PyDecodeOptions>& options) {
         DecodeParams p;
         set_attention(p, dtype, sizes, q, k_cache, v_cache, out, lse, softmax_scale, window_left,
                       window_right, num_threads);
+        set_options(p, p.seqlen_k, options);
         const int32_t* lengths = pointer<const int32_t>(cache_seqlens);
         std::vector<int32_t> seqused_k(p.batch);
         p.seqlen_k = 0;
@@ -235,7 +267,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
       py::arg("out"), py::arg("lse"), py::arg("cache_seqlens"), py::arg("seqlen_new"), py::arg("k_new"),
       py::arg("v_new"), py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"),
-      py::arg("num_splits"), py::arg("num_threads"));
+      py::arg("num_splits"), py::arg("num_threads"), py::arg("options"));
 
   m.def(
       "norm_forward",

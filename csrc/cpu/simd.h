@@ -17,6 +17,8 @@ typedef float vf_unaligned __attribute__((vector_size(kLanes * 4), aligned(4), m
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+typedef int8_t vb_unaligned __attribute__((vector_size(kLanes), aligned(1), may_alias));
+typedef uint8_t vub_unaligned __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 struct bf16 {
@@ -24,6 +26,9 @@ struct bf16 {
 };
 struct f16 {
   uint16_t bits;
+};
+struct e4m3 {  // torch.float8_e4m3fn: 4 bits of exponent, 3 of fraction, no infinity
+  uint8_t bits;
 };
 
 constexpr float kInf = __builtin_inff();
@@ -103,6 +108,50 @@ FASTGPT_INLINE void store(f16* p, vf x) {
   *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(bits | sign, vh);
 }
 #endif
+
+// What quantised caches store; the scale is applied elsewhere.
+FASTGPT_INLINE vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(p), vi), vf);
+#endif
+}
+FASTGPT_INLINE vf load(const e4m3* p) {
+#if defined(__AVX512F__)
+  vu bits = (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  vu bits = (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  vu bits = __builtin_convertvector(*reinterpret_cast<const vub_unaligned*>(p), vu);
+#endif
+  vu magnitude = bits & 0x7fu;
+  vf x = (vf)(magnitude << 20) * 0x1p120f;  // moves the exponent, and makes subnormals exact
+  vu result = (vu)x | ((bits & 0x80u) << 24);
+  return (vf)(magnitude == 0x7fu ? result | 0x7fc00000u : result);
+}
+// Rounded to nearest even, saturated.
+FASTGPT_INLINE void quantise(int8_t* p, float x) {
+  float bounded = x > 127.0f ? 127.0f : x < -127.0f ? -127.0f : x;
+  *p = static_cast<int8_t>(x == x ? __builtin_nearbyintf(bounded) : 0.0f);
+}
+FASTGPT_INLINE void quantise(e4m3* p, float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, sizeof(u));
+  uint32_t sign = u >> 24 & 0x80u;
+  float size = __builtin_fabsf(x);
+  if (!(size < 448.0f)) {
+    p->bits = static_cast<uint8_t>(sign | (x == x ? 0x7eu : 0x7fu));
+  } else if (size < 0x1p-6f) {
+    p->bits = static_cast<uint8_t>(sign | static_cast<uint32_t>(__builtin_nearbyintf(size * 0x1p9f)));
+  } else {
+    u &= 0x7fffffffu;
+    u += 0x7ffffu + (u >> 20 & 1u);
+    p->bits = static_cast<uint8_t>(sign | ((u >> 20) - (120u << 3)));
+  }
+}
 
 // The first n < kLanes elements; the missing lanes are zero and their memory is not touched.
 template <class T>

@@ -52,15 +52,16 @@ def check_number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def check_tensor(name: str, value: object, axes: str) -> None:
-    """A floating-point tensor with as many dimensions as ``axes`` names, unit last stride."""
+def check_tensor(name: str, value: object, axes: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
+    """A tensor of one of the dtypes with as many dimensions as ``axes`` names, unit last stride."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor {axes}")
     ndim = axes.count(",") + 1
     if value.dim() != ndim:
         raise ValueError(f"{name}: got shape {shape_of(value)}, expected {ndim} dimensions {axes}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {expected}")
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(
             f"{name}: got strides {value.stride()}, expected the last one to be 1; call .contiguous() on it"
@@ -80,17 +81,36 @@ V = "(batch, seqlen, nheads_k, headdim_v)"
 PACKED = "(total, nheads, headdim)", "(total, nheads_k, headdim)", "(total, nheads_k, headdim_v)"
 
 
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+
+
 def check_qkv(
-    q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str, str] = ("q", "k", "v")
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: bool,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    caches: bool = False,
+    own_batch: bool = False,
 ) -> None:
-    """Ranks, dtypes, devices, strides and the sizes that must agree; a ValueError or TypeError if not."""
+    """Ranks, dtypes, devices, strides and the sizes that must agree; a ValueError or TypeError if not.
+
+    With ``caches``, k and v may also be of a dtype of QUANTIZED; with ``own_batch`` their first axis is not
+    q's batch.
+    """
     qn, kn, vn = names
     q_axes, k_axes, v_axes = PACKED if packed else (Q, K, V)
     check_tensor(qn, q, q_axes)
-    check_tensor(kn, k, k_axes)
-    check_tensor(vn, v, v_axes)
-    check_same(kn, k, q)
-    check_same(vn, v, q)
+    dtypes = FLOATING + QUANTIZED if caches else FLOATING
+    check_tensor(kn, k, k_axes, dtypes)
+    check_tensor(vn, v, v_axes, dtypes)
+    if k.dtype not in QUANTIZED:
+        check_same(kn, k, q)
+        check_same(vn, v, q)
+    elif v.dtype != k.dtype:
+        raise TypeError(f"{vn}: got dtype {v.dtype}, expected {k.dtype} like {kn}")
+    elif not k.device == v.device == q.device:
+        raise ValueError(f"{kn}, {vn}: got devices {k.device} and {v.device}, expected {q.device} like q")
     (*q_lead, nheads, headdim), (*k_lead, nheads_k, headdim_k) = q.shape, k.shape
     *v_lead, nheads_v, headdim_v = v.shape
     if headdim < 1 or headdim_v < 1:
@@ -103,7 +123,7 @@ def check_qkv(
         )
     if nheads_k < 1 or nheads % nheads_k != 0:
         raise ValueError(f"{kn}: got {nheads_k} heads, expected a divisor of the {nheads} heads of {qn}")
-    if not packed and k_lead[0] != q_lead[0]:
+    if not packed and not own_batch and k_lead[0] != q_lead[0]:
         raise ValueError(f"{kn}: got batch {k_lead[0]}, expected {q_lead[0]} like {qn}")
     if torch.compiler.is_compiling():
         return  # the bound would become a guard on every dynamic length

@@ -86,12 +86,29 @@ struct AttentionBackwardParams : AttentionParams {
   BiasTensor<float> dbias;  // zero-filled, or null
 };
 
+enum class CacheType : int { same = 0, int8 = 1, e4m3 = 2 };  // same: as q; else times a scale per head
+
 // Attention of new queries over a KV cache. In AttentionParams, k and v are the caches, seqused_k the
-// lengths after the append, and seqlen_k the longest of them.
+// lengths after the append, leftpad_k where each sequence's keys begin, and seqlen_k the longest length.
+// With a block table the caches are (num_blocks, page_size, nheads_k, dim), and row r of sequence b is row
+// r % page_size of block block_table[b][r / page_size].
 struct DecodeParams : AttentionParams {
-  int64_t seqlen_new = 0;   // keys appended to each sequence first, 0 for none
-  Tensor k_new{}, v_new{};  // (batch, seqlen_new, nheads_k, dim)
-  int64_t num_splits = 0;   // 0: parts of a fixed number of keys
+  int64_t seqlen_new = 0;                    // keys appended to each sequence first, 0 for none
+  Tensor k_new{}, v_new{};                   // (batch, seqlen_new, nheads_k, dim)
+  int64_t num_splits = 0;                    // 0: parts of a fixed number of keys
+  const int32_t* cache_batch_idx = nullptr;  // (batch): which of the caches' sequences; null: the same
+  const int32_t* block_table = nullptr;
+  int64_t block_table_stride = 0, page_size = 0;
+  CacheType cache_type = CacheType::same;
+  const float *k_descale = nullptr,
+              *v_descale = nullptr;  // (batch, nheads_k) or, with batch stride 0, (nheads_k)
+  int64_t descale_batch_stride = 0;
+  // Rotary embedding of q and the new keys: cosines and sines (positions, rotary_dim / 2), rows contiguous.
+  const void *rotary_cos = nullptr, *rotary_sin = nullptr;
+  DType rotary_dtype = DType::f32;
+  int64_t rotary_dim = 0;
+  bool rotary_interleaved = false;
+  Tensor q_source{};  // what is rotated into q
 };
 
 // Rows of `hidden` elements. mean and rstd are fp32 (rows); mean is null for RMS norm.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops import checks
 from fastgpt.ops.decode import library  # noqa: F401  registers the operator
-from fastgpt.ops.decode.spec import DecodeCall
+from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec, DecodeTensors, features
 
 MAX_SPLITS = 1024
 
@@ -29,8 +31,82 @@ def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, k_cache: Tensor, v
             )
         if new.shape != expected:
             raise ValueError(f"{name}: got shape {tuple(new.shape)}, expected {expected} to fit the cache")
-    if k.shape[1] > k_cache.shape[1]:
-        raise ValueError(f"k: got {k.shape[1]} new keys, expected at most the capacity {k_cache.shape[1]}")
+
+
+def _check_indices(name: str, t: Tensor | None, q: Tensor, axes: str = "(batch)") -> None:
+    """None, or an int32 tensor with an entry or a row for every sequence, on q's device, contiguous."""
+    checks.check_optional(name, t, axes)
+    if t is None:
+        return
+    if t.dtype != torch.int32 or t.dim() != axes.count(",") + 1 or t.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"{name}: got {t.dtype} {checks.shape_of(t)}, expected torch.int32 {axes}, batch {q.shape[0]}"
+        )
+    if t.device != q.device:
+        raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
+    if not t.is_contiguous():
+        raise ValueError(f"{name}: got strides {t.stride()}, expected contiguous")
+
+
+def _check_rotary(tensors: DecodeTensors, q: Tensor) -> None:
+    cos, sin = tensors.rotary_cos, tensors.rotary_sin
+    if (cos is None) != (sin is None):
+        missing = "rotary_cos" if cos is None else "rotary_sin"
+        raise ValueError(f"{missing}: got None, expected rotary_cos and rotary_sin together or neither")
+    if cos is None or sin is None:
+        return
+    if tensors.k is None:
+        raise ValueError("rotary_cos: got a tensor, expected None without new keys k and v to rotate")
+    headdim = q.shape[-1]
+    for name, t in (("rotary_cos", cos), ("rotary_sin", sin)):
+        checks.check_tensor(name, t, "(positions, rotary_dim / 2)")
+        if not 1 <= t.shape[1] <= headdim // 2 or t.shape != cos.shape:
+            raise ValueError(
+                f"{name}: got shape {checks.shape_of(t)}, expected (positions, rotary_dim / 2) with "
+                f"rotary_dim at most the headdim {headdim}, the same for both"
+            )
+        if t.device != q.device:
+            raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
+
+
+def _check_per_head(name: str, t: Tensor | None, batch: int, heads: int, batched: bool, q: Tensor) -> None:
+    checks.check_optional(name, t, f"({heads},)")
+    if t is None:
+        return
+    shapes = ((heads,), (batch, heads)) if batched else ((heads,),)
+    if tuple(t.shape) not in shapes:
+        raise ValueError(f"{name}: got shape {checks.shape_of(t)}, expected {' or '.join(map(str, shapes))}")
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"{name}: got dtype {t.dtype}, expected float32")
+    if t.device != q.device:
+        raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
+
+
+def _check_options(q: Tensor, k_cache: Tensor, tensors: DecodeTensors) -> None:
+    """Everything that a plain call does not have."""
+    (batch, _, nheads, _), nheads_k = q.shape, k_cache.shape[2]
+    _check_indices("cache_batch_idx", tensors.cache_batch_idx, q)
+    _check_indices("cache_leftpad", tensors.cache_leftpad, q)
+    _check_indices("block_table", tensors.block_table, q, "(batch, blocks)")
+    if tensors.block_table is not None and tensors.cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx: got a tensor, expected None with a block_table")
+    _check_per_head("alibi_slopes", tensors.alibi_slopes, batch, nheads, True, q)
+    _check_per_head("sink", tensors.sink, batch, nheads, False, q)
+    quantized = k_cache.dtype in checks.QUANTIZED
+    for name, t in (("k_descale", tensors.k_descale), ("v_descale", tensors.v_descale)):
+        _check_per_head(name, t, batch, nheads_k, True, q)
+        if (t is None) == quantized:
+            expected = "a tensor with" if quantized else "None without"
+            raise ValueError(
+                f"{name}: got {'None' if t is None else 'a tensor'}, expected {expected} a cache in int8 or "
+                f"float8_e4m3fn; it is in {str(k_cache.dtype).removeprefix('torch.')}"
+            )
+    k_descale, v_descale = tensors.k_descale, tensors.v_descale
+    if k_descale is not None and v_descale is not None and v_descale.shape != k_descale.shape:
+        raise ValueError(
+            f"v_descale: got shape {checks.shape_of(v_descale)}, "
+            f"expected {checks.shape_of(k_descale)} like k_descale"
+        )
 
 
 def _lengths(cache_seqlens: Tensor | int, q: Tensor) -> Tensor:
@@ -41,15 +117,7 @@ def _lengths(cache_seqlens: Tensor | int, q: Tensor) -> Tensor:
     if not isinstance(cache_seqlens, Tensor):
         kind = type(cache_seqlens).__name__
         raise TypeError(f"cache_seqlens: got {kind}, expected an int or an int32 tensor (batch,)")
-    if cache_seqlens.dtype != torch.int32 or cache_seqlens.shape != (q.shape[0],):
-        raise ValueError(
-            f"cache_seqlens: got {cache_seqlens.dtype} {tuple(cache_seqlens.shape)}, "
-            f"expected torch.int32 ({q.shape[0]},)"
-        )
-    if cache_seqlens.device != q.device:
-        raise ValueError(f"cache_seqlens: got device {cache_seqlens.device}, expected {q.device} like q")
-    if not cache_seqlens.is_contiguous():
-        raise ValueError(f"cache_seqlens: got stride {cache_seqlens.stride()}, expected contiguous")
+    _check_indices("cache_seqlens", cache_seqlens, q)
     return cache_seqlens
 
 
@@ -64,6 +132,17 @@ def attention_with_kvcache(
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
     backend: str | None = None,
@@ -75,8 +154,9 @@ def attention_with_kvcache(
 
     Args:
         q: (batch, seqlen_q, nheads, headdim), float32, bfloat16 or float16 (float64 on ``reference``).
-        k_cache: (batch, capacity, nheads_k, headdim). Any strides whose last is 1.
-        v_cache: (batch, capacity, nheads_k, headdim_v).
+        k_cache: (batch, capacity, nheads_k, headdim), in q's dtype, int8 or float8_e4m3fn. Any strides whose
+            last is 1. With a block_table (num_blocks, page_size, nheads_k, headdim), any page_size.
+        v_cache: the same with headdim_v, in k_cache's dtype.
         k, v: (batch, seqlen_new, nheads_k, headdim / headdim_v), written to the cache at
             ``cache_seqlens[b] : cache_seqlens[b] + seqlen_new`` first; None to append nothing.
         cache_seqlens: (batch), int32, or one int for all: the keys in the cache before the append. Not
@@ -85,6 +165,19 @@ def attention_with_kvcache(
             ``cache_seqlens[b] + seqlen_new`` of them.
         window_size: (left, right) in keys, as in :func:`fastgpt.attention`; −1 = unlimited.
         softmax_scale: factor of q·k; default ``headdim ** −0.5``.
+        softcap, alibi_slopes, sink: as in :func:`fastgpt.attention`.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), float32 or q's dtype: q and the new keys are
+            rotated by the row of their position (Su et al. 2021, arXiv:2104.09864), where the first
+            new key of sequence b has ``cache_seqlens[b] − cache_leftpad[b]``. Without causal or a window
+            all queries have that position. Elements from rotary_dim on stay as they are.
+        rotary_interleaved: pairs are neighbours, x[2i] and x[2i + 1] (GPT-J); else x[i] and
+            x[i + rotary_dim / 2] (GPT-NeoX, Llama).
+        cache_batch_idx: (batch), int32: the sequence of the caches that belongs to each of q.
+        cache_leftpad: (batch), int32: rows before a sequence's first key, counted by cache_seqlens.
+        block_table: (batch, blocks), int32: row r of sequence b is row ``r % page_size`` of block
+            ``block_table[b, r // page_size]`` (PagedAttention, Kwon et al. 2023, arXiv:2309.06180).
+        k_descale, v_descale: (nheads_k) or (batch, nheads_k), float32: what the elements of a cache in int8
+            or float8_e4m3fn are multiplied by. New ones are divided by it, rounded to nearest and saturated.
         return_lse: also return the log-sum-exp of each row's scores.
         num_splits: into how many parts the keys of a sequence are cut. 0: parts of a fixed size, so that
             the result depends neither on the batch nor on the number of threads.
@@ -101,26 +194,58 @@ def attention_with_kvcache(
         RuntimeError: a gradient would be needed.
         fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
     """
-    checks.check_qkv(q, k_cache, v_cache, packed=False, names=("q", "k_cache", "v_cache"))
+    paged = block_table is not None
+    checks.check_qkv(
+        q,
+        k_cache,
+        v_cache,
+        packed=False,
+        names=("q", "k_cache", "v_cache"),
+        caches=True,
+        own_batch=paged or cache_batch_idx is not None,
+    )
     _check_new(k, v, q, k_cache, v_cache)
     lengths = _lengths(cache_seqlens, q)
     left, right = checks.check_window(causal, window_size)
     scale = checks.check_scale(softmax_scale, q.shape[-1])
+    checks.check_number("softcap", softcap, 0, math.inf)
     if isinstance(num_splits, bool) or not isinstance(num_splits, int):
         raise TypeError(f"num_splits: got {num_splits!r}, expected an integer")
     if not 0 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits: got {num_splits}, expected 0 (automatic) to {MAX_SPLITS}")
+    if not isinstance(rotary_interleaved, bool):
+        raise TypeError(f"rotary_interleaved: got {rotary_interleaved!r}, expected True or False")
+    tensors = DecodeTensors(
+        k,
+        v,
+        lengths,
+        rotary_cos,
+        rotary_sin,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        alibi_slopes,
+        sink,
+        k_descale,
+        v_descale,
+    )
+    if k_cache.dtype in checks.QUANTIZED or any(t is not None for t in tensors[3:]):
+        _check_options(q, k_cache, tensors)
+        _check_rotary(tensors, q)
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if k is not None and k.shape[1] > capacity:
+        raise ValueError(f"k: got {k.shape[1]} new keys, expected at most the capacity {capacity}")
     if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v)
+        t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v, sink)
     ):
         raise RuntimeError("attention_with_kvcache has no backward: call it under torch.no_grad()")
+    spec = DecodeSpec(scale, left, right, float(softcap), rotary_interleaved, num_splits)
     asked = dispatch.requested(backend)
-    features = (("window",) if left >= 0 or right > 0 else ()) + (("lse",) if return_lse else ())
     headdims = checks.concrete(q.shape[-1]), checks.concrete(v_cache.shape[-1])
-    name = dispatch.choose(asked, DecodeCall, q.device.type, q.dtype, *headdims, features)
-    if name == "reference":
-        dispatch.warn_if_slow(asked, "decode", q.numel() // q.shape[-1] * k_cache.shape[1], stacklevel=3)
-    out, lse = torch.ops.fastgpt.attention_kvcache.default(
-        q, k_cache, v_cache, k, v, lengths, scale, left, right, num_splits, name
+    name = dispatch.choose(
+        asked, DecodeCall, q.device.type, q.dtype, *headdims, features(spec, tensors, return_lse)
     )
+    if name == "reference":
+        dispatch.warn_if_slow(asked, "decode", q.numel() // q.shape[-1] * capacity, stacklevel=3)
+    out, lse = torch.ops.fastgpt.attention_kvcache.default(q, k_cache, v_cache, *tensors, *spec, name)
     return (out, lse) if return_lse else out

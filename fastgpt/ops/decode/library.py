@@ -12,67 +12,88 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops.checks import own_precision
-from fastgpt.ops.decode.spec import DecodeSpec
+from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
 library.define(
     "attention_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
-    "Tensor cache_seqlens, float softmax_scale, int window_left, int window_right, int num_splits, "
-    "str backend) -> (Tensor, Tensor)",
+    "Tensor cache_seqlens, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? cache_batch_idx, "
+    "Tensor? cache_leftpad, Tensor? block_table, Tensor? alibi_slopes, Tensor? sink, Tensor? k_descale, "
+    "Tensor? v_descale, float softmax_scale, int window_left, int window_right, float softcap, "
+    "bool rotary_interleaved, int num_splits, str backend) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_SCALARS = 7  # the last arguments of the schema, from softmax_scale to backend
 
 
-def _check_lengths(cache_seqlens: Tensor, seqlen_new: int, capacity: int) -> None:
-    # Here and not in api.py, where torch.compile would have to trace the values. On a GPU they are not
-    # read: that would stall it.
-    if cache_seqlens.device.type != "cpu":
+def _check_lengths(q: Tensor, k_cache: Tensor, tensors: DecodeTensors) -> None:
+    """The values of lengths and indices. Here and not in api.py, where torch.compile would have to trace
+    them. On a GPU they are not read: that would stall it."""
+    if q.device.type != "cpu":
         return
-    lengths = cache_seqlens.tolist()
+    seqlen_new = 0 if tensors.k is None else tensors.k.shape[1]
+    lengths, table = tensors.cache_seqlens.tolist(), tensors.block_table
+    capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
     if lengths and not 0 <= min(lengths) <= max(lengths) <= capacity - seqlen_new:
         new = f" less {seqlen_new} new keys" if seqlen_new else ""
         raise ValueError(
             f"cache_seqlens: got {lengths}, expected 0 to {capacity - seqlen_new} "
             f"(the cache's capacity {capacity}{new}); nothing was written"
         )
+    if tensors.cache_leftpad is not None:
+        pads = tensors.cache_leftpad.tolist()
+        if any(not 0 <= pad <= length for pad, length in zip(pads, lengths, strict=True)):
+            raise ValueError(f"cache_leftpad: got {pads}, expected 0 to cache_seqlens {lengths}")
+    if tensors.cache_batch_idx is not None:
+        indices, sequences = tensors.cache_batch_idx.tolist(), k_cache.shape[0]
+        if any(not 0 <= index < sequences for index in indices):
+            raise ValueError(f"cache_batch_idx: got {indices}, expected 0 to {sequences - 1}")
+        if seqlen_new and len(set(indices)) < len(indices):
+            raise ValueError(f"cache_batch_idx: got {indices}, expected no index twice with new keys")
+    if table is not None:
+        _check_table(table, lengths, seqlen_new, k_cache)
+    if tensors.rotary_cos is not None and lengths:
+        positions = max(lengths) + max(seqlen_new, q.shape[1])
+        if positions > tensors.rotary_cos.shape[0]:
+            raise ValueError(
+                f"rotary_cos: got {tensors.rotary_cos.shape[0]} positions, expected at least {positions}"
+            )
 
 
-def _forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cache_seqlens: Tensor,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    num_splits: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _check_lengths(cache_seqlens, 0 if k is None else k.shape[1], k_cache.shape[1])
-    spec = DecodeSpec(softmax_scale, window_left, window_right, num_splits)
+def _check_table(table: Tensor, lengths: list[int], seqlen_new: int, k_cache: Tensor) -> None:
+    blocks, page_size = k_cache.shape[:2]
+    written: list[int] = []
+    for b, (row, length) in enumerate(zip(table.tolist(), lengths, strict=True)):
+        used = row[: -(-(length + seqlen_new) // page_size)]
+        if any(not 0 <= block < blocks for block in used):
+            raise ValueError(
+                f"block_table: got {used} for sequence {b}, expected 0 to {blocks - 1}; nothing was written"
+            )
+        written += used[length // page_size :] if seqlen_new else []
+    if len(set(written)) < len(written):
+        raise ValueError(
+            "block_table: got a block into which the new keys of two places go, expected each of them once; "
+            "nothing was written"
+        )
+
+
+def _unpack(args: tuple[Any, ...]) -> tuple[DecodeSpec, DecodeTensors, str]:
+    *spec, backend = args[-_SCALARS:]
+    return DecodeSpec(*spec), DecodeTensors(*args[:-_SCALARS]), backend
+
+
+def _forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    spec, tensors, backend = _unpack(args)
+    _check_lengths(q, k_cache, tensors)
     implementation = dispatch.implementation("decode", backend)
     with own_precision(q):
-        out, lse = implementation.forward(q, k_cache, v_cache, k, v, cache_seqlens, spec)
+        out, lse = implementation.forward(q, k_cache, v_cache, spec, tensors)
     return out.contiguous(), lse.contiguous()
 
 
-def _fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cache_seqlens: Tensor,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    num_splits: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(*q.shape[:-1], v_cache.shape[-1])
-    if backend == "torch":
+    if args[-1] == "torch":
         return out, q.new_empty(0, dtype=torch.float32)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=acc)

@@ -6,30 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec
+from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec, DecodeTensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+REFUSED = {
+    "softcap": "scaled_dot_product_attention has no softcap",
+    "alibi": "scaled_dot_product_attention has no ALiBi",
+    "sink": "scaled_dot_product_attention has no sink",
+    "rotary": "torch has no rotary embedding",
+    "cache_batch_idx": "scaled_dot_product_attention reads its keys in order, without an index of sequences",
+    "cache_leftpad": "scaled_dot_product_attention has no padding but by a mask",
+    "paged": "scaled_dot_product_attention has no paged keys",
+    "quantized": "scaled_dot_product_attention has no quantized keys",
+    "lse": "scaled_dot_product_attention does not return lse",
+}
 
 
 def unsupported(call: DecodeCall) -> list[str]:
     reasons = []
     if call.dtype not in DTYPES:
         reasons.append(f"dtype {call.dtype} is not one of float32, bfloat16, float16, float64")
-    if "lse" in call.features:
-        reasons.append("scaled_dot_product_attention does not return lse")
-    return reasons
+    return reasons + [REFUSED[name] for name in call.features if name in REFUSED]
 
 
 def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cache_seqlens: Tensor,
-    spec: DecodeSpec,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec, tensors: DecodeTensors
 ) -> tuple[Tensor, Tensor]:
     """out (batch, seqlen_q, nheads, headdim_v) in q's dtype, and an empty lse."""
+    k, v, cache_seqlens = tensors.k, tensors.v, tensors.cache_seqlens
     batch, sq, nheads, _ = q.shape
     lengths = cache_seqlens.long()[:, None]
     if k is not None and v is not None:
