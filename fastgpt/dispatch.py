@@ -99,6 +99,7 @@ def unavailable(backend: str) -> str | None:
     return BACKENDS[backend]()
 
 
+@functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module ``fastgpt.ops.<op>.<backend>``, imported on first use."""
     return importlib.import_module(f"fastgpt.ops.{op}.{backend}")

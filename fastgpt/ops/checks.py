@@ -11,6 +11,9 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32_MAX = 2**31 - 1
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_NOTHING = contextlib.nullcontext()
+_C: Any = torch._C  # whose stubs lack some of what is read below
 
 
 def shape_of(t: Tensor) -> str:
@@ -27,7 +30,7 @@ def own_precision(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     kind = t.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
@@ -35,6 +38,22 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether a call has to be seen as an operator by something around it: torch.compile, a mode, functorch,
+    the profiler, jit.trace, a tensor subclass. Where nothing does, going past the dispatcher saves as much
+    time as a small kernel takes.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _C._len_torch_dispatch_stack() > 0
+        or _C._len_torch_function_stack() > 0
+        or _C._functorch.peek_interpreter_stack() is not None
+        or _C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or not all(t is None or type(t) in PLAIN_TENSORS for t in tensors)
+    )
 
 
 def check_optional(name: str, value: object, axes: str) -> None:

@@ -28,6 +28,9 @@ def _check_options(
     bias_shape: tuple[int, int, int, int] | None,
 ) -> Tensor | None:
     """Checks the rest of the specification; returns the dropout state, drawn if none was given."""
+    tensors = (seqused_k, leftpad_k, alibi_slopes, sink, attn_bias)
+    if softcap == 0 and dropout_p == 0 and all(t is None for t in (*tensors, rng_state)):
+        return None
     nheads = q.shape[-2]
     for name, t in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
         checks.check_optional(name, t, "(batch), int32")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops import checks
-from fastgpt.ops.decode import library  # noqa: F401  registers the operator
+from fastgpt.ops.decode import library
 from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec, DecodeTensors, features
 
 MAX_SPLITS = 1024
@@ -247,5 +247,5 @@ def attention_with_kvcache(
     )
     if name == "reference":
         dispatch.warn_if_slow(asked, "decode", q.numel() // q.shape[-1] * capacity, stacklevel=3)
-    out, lse = torch.ops.fastgpt.attention_kvcache.default(q, k_cache, v_cache, *tensors, *spec, name)
+    out, lse = library.run(q, k_cache, v_cache, *tensors, *spec, name)
     return (out, lse) if return_lse else out

@@ -24,12 +24,16 @@ FEATURES = (
     "lse",
 )
 CACHE_TYPES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # CacheType in csrc/include/fastgpt/params.h
-PLAIN = (None,) * 9  # the optional tensors of a plain call, from rotary_cos on
 
 
 def unsupported(call: DecodeCall) -> list[str]:
     headdim = max(call.headdim, call.headdim_v)
     return refusals(call.device, call.dtype, call.features, FEATURES, headdim)
+
+
+def _extras(tensors: DecodeTensors) -> bool:
+    """Whether there is any tensor beyond k, v and cache_seqlens."""
+    return any(t is not None for t in tensors[3:])
 
 
 def _batch_stride(t: Tensor | None) -> int:
@@ -40,7 +44,7 @@ def _options(
     q_source: Tensor, k_cache: Tensor, spec: DecodeSpec, tensors: DecodeTensors
 ) -> tuple[Any, ...] | None:
     """What varies a call beyond plain attention: PyDecodeOptions in csrc/cpu/module.cpp."""
-    if not spec.softcap and tensors[3:] == PLAIN:
+    if not spec.softcap and not _extras(tensors):
         return None
     cos, table = tensors.rotary_cos, tensors.block_table
     return (
@@ -78,7 +82,7 @@ def forward(
     out = q.new_empty(batch, seqlen_q, nheads, headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
     q_source = q
-    if tensors[3:] != PLAIN:
+    if _extras(tensors):
         if tensors.rotary_cos is not None and tensors.rotary_sin is not None:
             q = torch.empty_like(q, memory_format=torch.contiguous_format)
             tables = (tensors.rotary_cos, tensors.rotary_sin)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import own_precision
+from fastgpt.ops.checks import own_precision, watched
 from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -99,11 +99,26 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tens
     return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=acc)
 
 
+def _note_append(k_cache: Tensor, v_cache: Tensor, k: Tensor | None) -> None:
+    """Autograd has to see that a cache it may have saved has changed."""
+    if k is not None:
+        torch.autograd.graph.increment_version((k_cache, v_cache))
+
+
 def _forward_inplace(*args: Any) -> tuple[Tensor, Tensor]:
-    if args[3] is not None:  # autograd has to see that a cache it may have saved has changed
-        torch.autograd.graph.increment_version((args[1], args[2]))
+    _note_append(*args[1:4])
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return torch.ops.fastgpt.attention_kvcache.default(*args)
+
+
+def run(*args: Any) -> tuple[Tensor, Tensor]:
+    """attention_kvcache by the shortest way."""
+    if watched(*args[:-_SCALARS]):
+        return torch.ops.fastgpt.attention_kvcache.default(*args)
+    result = _forward(*args)
+    if not args[1].is_inference():
+        _note_append(*args[1:4])
+    return result
 
 
 library.impl("attention_kvcache", _forward_inplace, "ADInplaceOrView")
