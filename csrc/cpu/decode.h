@@ -243,20 +243,29 @@ struct Decode {
     float cos[kMaxDim / 2], sin[kMaxDim / 2], x[kMaxDim + kLanes], y[kMaxDim + kLanes];
     rotary_row(p.rotary_cos, position, cos);
     rotary_row(p.rotary_sin, position, sin);
-    int64_t half = p.rotary_dim / 2, step = p.rotary_interleaved ? 2 : 1;
-    int64_t distance = p.rotary_interleaved ? 1 : half;
+    int64_t half = p.rotary_dim / 2;
     for (int64_t h = 0; h < count; h++, in += in_stride, out += out_stride) {
       for (int64_t d = 0; d < p.headdim; d += kLanes) {
         vf value = load_upto(in + d, p.headdim - d);
         store(x + d, value);
         store(y + d, value);
       }
-      for (int64_t i = 0; i < half; i++) {
-        float x1 = x[i * step], x2 = x[i * step + distance];
-        y[i * step] = x1 * cos[i] - x2 * sin[i];
-        y[i * step + distance] = x2 * cos[i] + x1 * sin[i];
-      }
+      if (p.rotary_interleaved)
+        turn<2>(x, x + 1, y, y + 1, cos, sin, half);
+      else
+        turn<1>(x, x + half, y, y + half, cos, sin, half);
       for (int64_t d = 0; d < p.headdim; d += kLanes) store_upto(out + d, load(y + d), p.headdim - d);
+    }
+  }
+
+  // Pair i is at i * kStep; y1, y2 take the turned pairs.
+  template <int kStep>
+  static void turn(const float* __restrict x1, const float* __restrict x2, float* __restrict y1,
+                   float* __restrict y2, const float* __restrict cos, const float* __restrict sin,
+                   int64_t pairs) {
+    for (int64_t i = 0; i < pairs; i++) {
+      y1[i * kStep] = x1[i * kStep] * cos[i] - x2[i * kStep] * sin[i];
+      y2[i * kStep] = x2[i * kStep] * cos[i] + x1[i * kStep] * sin[i];
     }
   }
 
