@@ -32,12 +32,9 @@ FASTGPT_INLINE void online_softmax(RowState& state, float* scores, int64_t begin
     float* s = scores + r * kKeyBlock;
     vf top = splat(-kInf);
     for (int64_t c = begin; c < end; c += kLanes) top = max(top, load(s + c));
-    float lanes[kLanes];
-    store(lanes, top);
-    float m = state.m[r];
-    for (int i = 0; i < kLanes; i++) m = lanes[i] > m ? lanes[i] : m;
+    float m = horizontal_max(top);
     state.rescale[r] = state.m[r];
-    state.m[r] = m;
+    state.m[r] = state.m[r] > m ? state.m[r] : m;
   }
   for (int r = 0; r < kTileRows; r += kLanes) {
     int n = kTileRows - r;

@@ -15,11 +15,12 @@
 //
 // A row that sees no key: out = 0, lse = -inf. Error bound: tests/test_decode.py::test_parity.
 
-constexpr int64_t kSplitKeys = 256;      // of a part
-constexpr int64_t kUnitBytes = 4096;     // of one key's row in a unit: a page, so that pages are read whole
-constexpr int64_t kDecodeBlock = 64;     // keys whose scores are held at a time
-constexpr int64_t kSharedBlock = 16;     // the same where a unit has several heads, which share the pages
-constexpr int64_t kDecodeRows = 16;      // more rows than this are attention_forward.h's work
+constexpr int64_t kSplitKeys = 256;   // of a part
+constexpr int64_t kUnitBytes = 4096;  // of one key's row in a unit: a page, so that pages are read whole
+constexpr int64_t kDecodeBlock = 64;  // keys whose scores are held at a time
+constexpr int64_t kSharedBytes =
+    65536;                           // of K in a block where a unit has several heads: half a second cache
+constexpr int64_t kDecodeRows = 16;  // more rows than this are attention_forward.h's work
 constexpr int64_t kSerialBytes = 65536;  // less K and V than this is not worth waking a thread for
 
 // Sums each of N vectors; lane i of the result is the sum of x[i] (N = kLanes). Each step adds the halves
@@ -108,10 +109,12 @@ void accumulate_rows(const float* probs, const T* const* rows, int64_t offset, i
                      float* out, int64_t width) {
   const T* v[kDecodeBlock];
   for (int64_t j = 0; j < keys; j++) v[j] = rows[j] + offset;
-  constexpr int kVectors = kLanes >= 16 ? 16 / kRows : 8 / kRows;
+  // As many accumulators as hide the latency of an addition, and fit the registers.
+  constexpr int kVectors = kLanes >= 16 && kRows == 4 ? 4 : 8 / kRows;
   int64_t d = 0;
   for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes)
     accumulate_columns<kRows, kVectors>(probs, v, d, keys, out, width);
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) accumulate_columns<kRows, 2>(probs, v, d, keys, out, width);
   for (; d + kLanes <= dim; d += kLanes) accumulate_columns<kRows, 1>(probs, v, d, keys, out, width);
   if (d < dim)
     for (int64_t j = 0; j < keys; j++) {
@@ -174,7 +177,9 @@ struct Decode {
   int64_t heads =
       p.k.head_stride < p.k.seq_stride ? min(p.nheads_k, (kUnitBytes + head_bytes - 1) / head_bytes) : 1;
   int64_t head_blocks = (p.nheads_k + heads - 1) / heads;
-  int64_t block_keys = heads > 1 ? kSharedBlock : kDecodeBlock;
+  int64_t block_keys =
+      heads > 1 ? max(kLanes, min(kDecodeBlock, kSharedBytes / (heads * head_bytes) / kLanes * kLanes))
+                : kDecodeBlock;
   // Of any sequence: a shorter one may be cut into more parts than the longest is.
   int64_t parts_max =
       p.num_splits ? min(p.num_splits, p.seqlen_k) : (p.seqlen_k + kSplitKeys - 1) / kSplitKeys;
@@ -392,8 +397,7 @@ struct Decode {
       store(scores + c, s);
       top = max(top, s);
     }
-    float new_m = m;
-    for (int i = 0; i < kLanes; i++) new_m = top[i] > new_m ? top[i] : new_m;
+    float new_m = horizontal_max(top);
     float reference = new_m == -kInf ? 0.0f : new_m;
     if (new_m > m) {
       float rescale = exp2(splat(m - reference))[0];

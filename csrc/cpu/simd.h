@@ -258,6 +258,19 @@ FASTGPT_INLINE float horizontal_sum(vf x) {
   return add_lanes<1>(add_lanes<2>(x, lanes), lanes)[0];
 }
 
+template <int kDistance, int... I>
+FASTGPT_INLINE vf max_lanes(vf x, Lanes<I...>) {
+  return max(x, __builtin_shuffle(x, vi{(I ^ kDistance)...}));
+}
+
+// NaN, or the largest of the numbers, where x has both.
+FASTGPT_INLINE float horizontal_max(vf x) {
+  typename MakeLanes<kLanes>::type lanes;
+  if constexpr (kLanes > 8) x = max_lanes<8>(x, lanes);
+  if constexpr (kLanes > 4) x = max_lanes<4>(x, lanes);
+  return max_lanes<1>(max_lanes<2>(x, lanes), lanes)[0];
+}
+
 // Transposes a kLanes x kLanes block in place: log2(kLanes) rounds of perfect shuffles.
 FASTGPT_INLINE void transpose(vf (&rows)[kLanes]) {
   typename MakeLanes<kLanes>::type lanes;
