@@ -104,7 +104,7 @@ def test_gpt2_tokens_are_those_of_gpt2():
 
 @needs_vocabulary
 @hypothesis_settings(max_examples=200, deadline=None)
-@given(st.text(st.sampled_from("ab é中'\u2003\u00a0\x1c\r\t 1,\n"), max_size=40), st.integers(1, 9))
+@given(st.text(st.sampled_from("a   \n\n\té中'\u2003\x1c1,"), max_size=12), st.integers(1, 9))
 def test_gpt2_tokens_do_not_depend_on_how_a_file_is_read(text, block):
     whole = encoded("gpt2", text.encode())
     with pytest.MonkeyPatch.context() as patch:
@@ -300,16 +300,20 @@ def test_flops_per_token():
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="no native CPU kernels")
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_loss_curve_of_the_cpu_kernels_is_the_references_up_to_rounding(family):
-    """Over steps that learn; what rounding may do is what it does to plain PyTorch."""
+    """Over steps that learn enough for a scale that is off by a thousandth to show (5e-4 in the loss).
+
+    What rounding may do is what it does to plain PyTorch.
+    """
 
     def curve(weights: torch.dtype, backend: str) -> torch.Tensor:
-        run = trainer(weights=weights, backend=backend, family=family, layers=2, hidden=32, steps=20, lr=3e-3)
-        for _ in range(20):
+        shape = {"family": family, "layers": 2, "hidden": 32, "seqlen": 32, "batch_size": 8}
+        run = trainer(weights=weights, backend=backend, steps=40, lr=1e-2, **shape)
+        for _ in range(40):
             run.step()
         return torch.tensor(run.history.loss, dtype=torch.float64)
 
     exact = curve(torch.float64, "reference")
-    assert exact[-1] < exact[0] - 1
+    assert exact[-1] < exact[0] - 3
     assert_parity("loss", curve(torch.float32, "cpu"), curve(torch.float32, "torch"), exact)
 
 
