@@ -37,7 +37,7 @@ def save(path: Path, model: GPT, tokenizer: str, **rest: Any) -> None:
         torch.save(content, file)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: str | Path) -> dict[str, Any]:
     """The checkpoint in a file, its tensors on the CPU.
 
     Returns:
