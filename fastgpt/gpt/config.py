@@ -59,6 +59,8 @@ class GPTConfig:
         rope_scaling: RoPE's stretching, None for none.
         attention_bias, mlp_bias: whether the projections have biases.
         tied: whether the head's weight is the token embedding, one shared parameter.
+        dropout: the probability of dropping, in training mode only, where GPT-2 does: of the embedding, of
+            attention's probabilities, and of what attention and MLP add to the residual stream.
 
     Raises:
         ValueError: a field is not as above; the message names it.
@@ -81,6 +83,7 @@ class GPTConfig:
     attention_bias: bool = True
     mlp_bias: bool = True
     tied: bool = True
+    dropout: float = 0.0
 
     @classmethod
     def llama(cls, **fields: Any) -> GPTConfig:
@@ -123,10 +126,16 @@ class GPTConfig:
             raise ValueError(f"rope_scaling: got {self.rope_scaling}, expected None without positions='rope'")
         _check_number("norm_eps", self.norm_eps)
         _check_number("rope_theta", self.rope_theta)
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout!r}, expected a number from 0 to below 1")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_size(name: str, value: object) -> None:
@@ -135,5 +144,5 @@ def check_size(name: str, value: object) -> None:
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value!r}, expected a positive number")

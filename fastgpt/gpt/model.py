@@ -69,6 +69,10 @@ class Norm(nn.Module):
         )
 
 
+def residual_dropout(config: GPTConfig) -> nn.Module:
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # the cheaper call, when decoding
+
+
 def rope_table(config: GPTConfig) -> Tensor:
     """(max_seqlen, 2, headdim), float32: for each position the cosines and the signed sines.
 
@@ -91,6 +95,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.dropout = config.dropout
         self.nheads, self.nheads_k, self.headdim = config.nheads, config.nheads_k, config.headdim
         heads = self.nheads + 2 * self.nheads_k
         self.qkv = Linear(config.hidden_size, heads * self.headdim, config.attention_bias)
@@ -107,7 +112,7 @@ class Attention(nn.Module):
             qk = qk.to(v.dtype)  # under autocast the table is wider than the projection's output
         q, k = qk.split((self.nheads, self.nheads_k), dim=2)
         if cache is None:
-            out = attention(q, k, v, backend=backend)
+            out = attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, backend=backend)
         else:
             # Under autocast the cache, of the weights' dtype, is wider than the projection's output.
             q, k, v = (t.to(cache.k.dtype) for t in (q, k, v))
@@ -140,6 +145,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
+        self.dropout = residual_dropout(config)
 
     def forward(
         self,
@@ -150,15 +156,15 @@ class Block(nn.Module):
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.attention_norm(x, residual, backend)
-        x = self.attention(x, rope, cache, backend)
+        x = self.dropout(self.attention(x, rope, cache, backend))
         x, residual = self.mlp_norm(x, residual, backend)
-        return self.mlp(x), residual
+        return self.dropout(self.mlp(x)), residual
 
 
 class GPT(nn.Module):
     """A decoder-only transformer (Radford et al. 2019; Touvron et al. 2023, arXiv:2302.13971).
 
-    Pre-norm blocks on a residual stream; see :class:`GPTConfig` for the choices. No dropout.
+    Pre-norm blocks on a residual stream; see :class:`GPTConfig` for the choices.
 
     With ``config.tied``, ``head.weight`` (vocab_size, hidden_size) is also the token embedding.
 
@@ -176,6 +182,7 @@ class GPT(nn.Module):
         self.position_embedding = (
             nn.Embedding(config.max_seqlen, config.hidden_size) if config.positions == "learned" else None
         )
+        self.dropout = residual_dropout(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -285,7 +292,7 @@ class GPT(nn.Module):
         positions = torch.arange(seqlen, device=input_ids.device)[None]
         if cache is not None:
             positions = positions + cache.seqlens[:, None]
-        x, residual = self.embed(input_ids, positions), None
+        x, residual = self.dropout(self.embed(input_ids, positions)), None
         rope = None
         if self.rope is not None:
             cos, sin = self.rope[positions].unsqueeze(2).unbind(3)
