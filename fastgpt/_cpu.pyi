@@ -3,6 +3,7 @@
 from typing import Any
 
 _Tensor = tuple[int, ...]  # pointer; batch, seq and head stride
+_Dropout = tuple[int, int, int, float]  # threshold, offset, seed, scale
 
 isa: str
 built_isas: str
@@ -78,6 +79,7 @@ def norm_forward(
     mean: int,
     rstd: int,
     num_threads: int,
+    dropout: _Dropout | None,
 ) -> None: ...
 def norm_backward(
     dtype: int,
@@ -94,7 +96,9 @@ def norm_backward(
     mean: int,
     rstd: int,
     dx: int,
+    dsum: int,
     dweight: int,
     dbias: int,
     num_threads: int,
+    dropout: _Dropout | None,
 ) -> None: ...

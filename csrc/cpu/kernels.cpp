@@ -20,10 +20,12 @@ namespace {
 #include "simd.h"
 #include "tile.h"
 #include "attention_common.h"
+#include "dropout.h"
 #include "scores.h"
 #include "attention_forward.h"
 #include "attention_backward.h"
 #include "decode.h"
+#include "rows.h"
 #include "norm.h"
 
 // Calls Kernel<T>{params}.run() with T for the storage type.

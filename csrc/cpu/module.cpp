@@ -130,6 +130,12 @@ void set_bias(BiasTensor<Data>& bias, uintptr_t data, const PyStrides& strides) 
   std::tie(bias.batch_stride, bias.head_stride, bias.query_stride, bias.key_stride) = strides;
 }
 
+typedef std::tuple<uint32_t, uint32_t, uint64_t, float> PyDropout;  // the fields of Dropout
+
+void set_dropout(Dropout& p, const std::optional<PyDropout>& dropout) {
+  if (dropout) std::tie(p.dropout_threshold, p.dropout_offset, p.dropout_seed, p.dropout_scale) = *dropout;
+}
+
 // What varies a call beyond plain attention: the fields of AttentionParams from cu_seqlens_q to
 // dropout_scale; leaves the defaults where it is None.
 typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t,  // sequences
@@ -241,7 +247,8 @@ PYBIND11_MODULE(_cpu, m) {
       "norm_forward",
       [kernels](int dtype, int weight_dtype, int64_t rows, int64_t hidden, uintptr_t x, int64_t x_stride,
                 uintptr_t residual, int64_t residual_stride, uintptr_t weight, uintptr_t bias, float eps,
-                uintptr_t out, uintptr_t residual_out, uintptr_t mean, uintptr_t rstd, int num_threads) {
+                uintptr_t out, uintptr_t residual_out, uintptr_t mean, uintptr_t rstd, int num_threads,
+                const std::optional<PyDropout>& dropout) {
         NormForwardParams p;
         p.dtype = static_cast<DType>(dtype);
         p.weight_dtype = static_cast<DType>(weight_dtype);
@@ -259,20 +266,22 @@ PYBIND11_MODULE(_cpu, m) {
         p.mean = pointer<float>(mean);
         p.rstd = pointer<float>(rstd);
         p.num_threads = num_threads;
+        set_dropout(p, dropout);
         KernelScope scope;
         kernels->norm_forward(p);
       },
       py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("x"),
       py::arg("x_stride"), py::arg("residual"), py::arg("residual_stride"), py::arg("weight"),
       py::arg("bias"), py::arg("eps"), py::arg("out"), py::arg("residual_out"), py::arg("mean"),
-      py::arg("rstd"), py::arg("num_threads"));
+      py::arg("rstd"), py::arg("num_threads"), py::arg("dropout"));
 
   m.def(
       "norm_backward",
       [kernels](int dtype, int weight_dtype, int64_t rows, int64_t hidden, uintptr_t dout,
                 int64_t dout_stride, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t dresidual,
-                int64_t dresidual_stride, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dweight,
-                uintptr_t dbias, int num_threads) {
+                int64_t dresidual_stride, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dsum,
+                uintptr_t dweight, uintptr_t dbias, int num_threads,
+                const std::optional<PyDropout>& dropout) {
         NormBackwardParams p;
         p.dtype = static_cast<DType>(dtype);
         p.weight_dtype = static_cast<DType>(weight_dtype);
@@ -288,14 +297,16 @@ PYBIND11_MODULE(_cpu, m) {
         p.mean = pointer<const float>(mean);
         p.rstd = pointer<const float>(rstd);
         p.dx = pointer<void>(dx);
+        p.dsum = pointer<void>(dsum);
         p.dweight = pointer<void>(dweight);
         p.dbias = pointer<void>(dbias);
         p.num_threads = num_threads;
+        set_dropout(p, dropout);
         KernelScope scope;
         kernels->norm_backward(p);
       },
       py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("dout"),
       py::arg("dout_stride"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("dresidual"),
-      py::arg("dresidual_stride"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dweight"),
-      py::arg("dbias"), py::arg("num_threads"));
+      py::arg("dresidual_stride"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dsum"),
+      py::arg("dweight"), py::arg("dbias"), py::arg("num_threads"), py::arg("dropout"));
 }

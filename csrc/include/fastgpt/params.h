@@ -28,6 +28,13 @@ struct Bias : BiasTensor<const void> {  // added to the scores; a boolean one hi
   BiasType type = BiasType::f32;
 };
 
+// Dropout keeps an element iff its random word is at least the threshold (philox.h); 0 is off.
+struct Dropout {
+  uint32_t dropout_threshold = 0, dropout_offset = 0;
+  uint64_t dropout_seed = 0;
+  float dropout_scale = 1.0f;  // 1 / (1 - dropout_p)
+};
+
 // Shapes and meaning shared by attention forward and backward.
 // q (batch, seqlen_q, nheads, headdim); k (batch, seqlen_k, nheads_k, headdim);
 // v (batch, seqlen_k, nheads_k, headdim_v); out (batch, seqlen_q, nheads, headdim_v);
@@ -35,7 +42,7 @@ struct Bias : BiasTensor<const void> {  // added to the scores; a boolean one hi
 //
 // With cu_seqlens_q, cu_seqlens_k the sequences are packed: q (total_q, nheads, headdim) and so on, with
 // batch strides 0; seqlen_q, seqlen_k are then the totals; lse is (nheads, total_q).
-struct AttentionParams {
+struct AttentionParams : Dropout {
   DType dtype;
   int64_t batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v;
   Tensor q, k, v, out;
@@ -52,10 +59,6 @@ struct AttentionParams {
   int64_t alibi_batch_stride = 0;
   const float* sink = nullptr;  // (nheads): a logit that joins the denominator only
   Bias bias;
-  // Dropout keeps a probability iff its random word is at least the threshold (philox.h); 0 is off.
-  uint32_t dropout_threshold = 0, dropout_offset = 0;
-  uint64_t dropout_seed = 0;
-  float dropout_scale = 1.0f;  // 1 / (1 - dropout_p)
 
   // The rows of sequence b: its first ones, and how many.
   FASTGPT_HD int64_t first_query_row(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b] : 0; }
@@ -94,8 +97,8 @@ struct DecodeParams : AttentionParams {
   int64_t num_splits = 0;   // 0: parts of a fixed number of keys
 };
 
-// Rows of `hidden` elements. mean and rstd are fp32 (rows); mean is null for RMS norm.
-struct NormForwardParams {
+// Rows of `hidden` elements. mean and rstd are fp32 (rows); mean is null for RMS norm. Dropout is that of x.
+struct NormForwardParams : Dropout {
   DType dtype, weight_dtype;
   int64_t rows, hidden;
   const void* x;
@@ -105,23 +108,24 @@ struct NormForwardParams {
   const void *weight, *bias;  // (hidden), or null
   float eps;
   void* out;           // (rows, hidden), contiguous
-  void* residual_out;  // x + residual, (rows, hidden), contiguous, or null
+  void* residual_out;  // the sum, (rows, hidden), contiguous, or null
   float *mean, *rstd;
   int num_threads;
 };
 
-struct NormBackwardParams {
+struct NormBackwardParams : Dropout {
   DType dtype, weight_dtype;
   int64_t rows, hidden;
   const void* dout;
   int64_t dout_stride;
-  const void* x;  // what was normalised (x + residual)
+  const void* x;  // what was normalised: the sum
   int64_t x_stride;
   const void* weight;
-  const void* dresidual;  // gradient of residual_out, added to dx, or null
+  const void* dresidual;  // gradient of residual_out, or null
   int64_t dresidual_stride;
   const float *mean, *rstd;
   void* dx;               // (rows, hidden), contiguous
+  void* dsum;             // like dx: with dropout, the gradient of the sum, or null
   void *dweight, *dbias;  // (hidden) in weight_dtype, or null
   int num_threads;
 };
