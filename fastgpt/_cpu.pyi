@@ -102,3 +102,29 @@ def norm_backward(
     num_threads: int,
     dropout: _Dropout | None,
 ) -> None: ...
+def merge_forward(
+    dtype: int,
+    sizes: tuple[int, ...],
+    out_a: _Tensor,
+    lse_a: _Tensor,
+    out_b: _Tensor,
+    lse_b: _Tensor,
+    out: _Tensor,
+    lse: _Tensor,
+    num_threads: int,
+) -> None: ...
+def merge_backward(
+    dtype: int,
+    sizes: tuple[int, ...],
+    out_a: _Tensor,
+    lse_a: _Tensor,
+    out_b: _Tensor,
+    lse_b: _Tensor,
+    dout: _Tensor,
+    dlse: _Tensor,
+    dout_a: _Tensor,
+    dlse_a: _Tensor,
+    dout_b: _Tensor,
+    dlse_b: _Tensor,
+    num_threads: int,
+) -> None: ...

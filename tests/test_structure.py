@@ -16,7 +16,7 @@ MODULES = {
     ".".join(["fastgpt", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-OPS = ("attention", "decode", "norm")
+OPS = ("attention", "decode", "merge", "norm")
 IMPLEMENTATIONS = ("reference", "torch", "cpu", "triton", "cuda")
 OPTIONAL = {"triton", "transformers", "matplotlib", "tqdm", "gguf", "accelerate", "numpy"}
 

@@ -27,6 +27,7 @@ namespace {
 #include "decode.h"
 #include "rows.h"
 #include "norm.h"
+#include "merge.h"
 
 // Calls Kernel<T>{params}.run() with T for the storage type.
 template <template <class> class Kernel, class Params>
@@ -62,6 +63,8 @@ const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
     by_dtype<Decode, DecodeParams>,
     by_dtype<NormForward, NormForwardParams>,
     by_dtype<NormBackward, NormBackwardParams>,
+    by_dtype<MergeForward, MergeParams>,
+    by_dtype<MergeBackward, MergeBackwardParams>,
 };
 
 }  // namespace fastgpt

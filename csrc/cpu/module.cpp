@@ -96,6 +96,7 @@ Isa choose_isa() {
 
 typedef std::tuple<uintptr_t, int64_t, int64_t, int64_t> PyTensor;  // pointer; batch, seq, head stride
 typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> PySizes;
+typedef std::tuple<int64_t, int64_t, int64_t, int64_t> PyMergeSizes;  // batch, seqlen, nheads, headdim_v
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -309,4 +310,52 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("dout_stride"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("dresidual"),
       py::arg("dresidual_stride"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dsum"),
       py::arg("dweight"), py::arg("dbias"), py::arg("num_threads"), py::arg("dropout"));
+
+  m.def(
+      "merge_forward",
+      [kernels](int dtype, const PyMergeSizes& sizes, const PyTensor& out_a, const PyTensor& lse_a,
+                const PyTensor& out_b, const PyTensor& lse_b, const PyTensor& out, const PyTensor& lse,
+                int num_threads) {
+        MergeParams p;
+        p.dtype = static_cast<DType>(dtype);
+        std::tie(p.batch, p.seqlen, p.nheads, p.headdim_v) = sizes;
+        p.out_a = tensor(out_a);
+        p.lse_a = tensor(lse_a);
+        p.out_b = tensor(out_b);
+        p.lse_b = tensor(lse_b);
+        p.out = tensor(out);
+        p.lse = tensor(lse);
+        p.num_threads = num_threads;
+        KernelScope scope;
+        kernels->merge_forward(p);
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
+      py::arg("lse_b"), py::arg("out"), py::arg("lse"), py::arg("num_threads"));
+
+  m.def(
+      "merge_backward",
+      [kernels](int dtype, const PyMergeSizes& sizes, const PyTensor& out_a, const PyTensor& lse_a,
+                const PyTensor& out_b, const PyTensor& lse_b, const PyTensor& dout, const PyTensor& dlse,
+                const PyTensor& dout_a, const PyTensor& dlse_a, const PyTensor& dout_b,
+                const PyTensor& dlse_b, int num_threads) {
+        MergeBackwardParams p;
+        p.dtype = static_cast<DType>(dtype);
+        std::tie(p.batch, p.seqlen, p.nheads, p.headdim_v) = sizes;
+        p.out_a = tensor(out_a);
+        p.lse_a = tensor(lse_a);
+        p.out_b = tensor(out_b);
+        p.lse_b = tensor(lse_b);
+        p.dout = tensor(dout);
+        p.dlse = tensor(dlse);
+        p.dout_a = tensor(dout_a);
+        p.dlse_a = tensor(dlse_a);
+        p.dout_b = tensor(dout_b);
+        p.dlse_b = tensor(dlse_b);
+        p.num_threads = num_threads;
+        KernelScope scope;
+        kernels->merge_backward(p);
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
+      py::arg("lse_b"), py::arg("dout"), py::arg("dlse"), py::arg("dout_a"), py::arg("dlse_a"),
+      py::arg("dout_b"), py::arg("dlse_b"), py::arg("num_threads"));
 }

@@ -130,6 +130,23 @@ struct NormBackwardParams : Dropout {
   int num_threads;
 };
 
+// Attention over two disjoint sets of keys, merged: out_a, out_b, out (batch, seqlen, nheads, headdim_v);
+// lse_a, lse_b, lse (batch, nheads, seqlen), fp32, any strides. Packed sequences are a batch of one.
+struct MergeParams {
+  DType dtype;
+  int64_t batch, seqlen, nheads, headdim_v;
+  Tensor out_a, lse_a, out_b, lse_b, out, lse;
+  int num_threads;
+};
+
+// The gradients are shaped like what they are of; dlse is null where there is none.
+struct MergeBackwardParams {
+  DType dtype;
+  int64_t batch, seqlen, nheads, headdim_v;
+  Tensor out_a, lse_a, out_b, lse_b, dout, dlse, dout_a, dlse_a, dout_b, dlse_b;
+  int num_threads;
+};
+
 // Every kernel of one instruction set.
 struct Kernels {
   void (*attention_forward)(const AttentionParams&);
@@ -137,6 +154,8 @@ struct Kernels {
   void (*decode)(const DecodeParams&);
   void (*norm_forward)(const NormForwardParams&);
   void (*norm_backward)(const NormBackwardParams&);
+  void (*merge_forward)(const MergeParams&);
+  void (*merge_backward)(const MergeBackwardParams&);
 };
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for the next call unless it is large; its
