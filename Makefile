@@ -40,7 +40,7 @@ test-torch:
 	build/torch-$(TORCH)/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheels/fastgpt_kernels-*.whl
 	cp -r tests build/torch-$(TORCH)/tests
 	cd build/torch-$(TORCH) && FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu bin/python -m pytest -q \
-		tests/test_attention.py tests/test_decode.py tests/test_norm.py
+		tests/test_attention.py tests/test_decode.py tests/test_merge.py tests/test_norm.py
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

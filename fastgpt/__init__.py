@@ -9,6 +9,7 @@ from fastgpt.dispatch import BackendUnsupported
 from fastgpt.kv_cache import KVCache
 from fastgpt.ops.attention.api import attention, attention_varlen
 from fastgpt.ops.decode.api import attention_with_kvcache
+from fastgpt.ops.merge.api import merge_attention_states
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kvcache",
     "layer_norm",
+    "merge_attention_states",
     "patch",
     "rms_norm",
     "unpatch",

@@ -3,6 +3,7 @@
 from typing import Any
 
 _Tensor = tuple[int, ...]  # pointer; batch, seq and head stride
+_Dropout = tuple[int, int, int, float]  # threshold, offset, seed, scale
 
 isa: str
 built_isas: str
@@ -79,6 +80,7 @@ def norm_forward(
     mean: int,
     rstd: int,
     num_threads: int,
+    dropout: _Dropout | None,
 ) -> None: ...
 def norm_backward(
     dtype: int,
@@ -95,7 +97,35 @@ def norm_backward(
     mean: int,
     rstd: int,
     dx: int,
+    dsum: int,
     dweight: int,
     dbias: int,
+    num_threads: int,
+    dropout: _Dropout | None,
+) -> None: ...
+def merge_forward(
+    dtype: int,
+    sizes: tuple[int, ...],
+    out_a: _Tensor,
+    lse_a: _Tensor,
+    out_b: _Tensor,
+    lse_b: _Tensor,
+    out: _Tensor,
+    lse: _Tensor,
+    num_threads: int,
+) -> None: ...
+def merge_backward(
+    dtype: int,
+    sizes: tuple[int, ...],
+    out_a: _Tensor,
+    lse_a: _Tensor,
+    out_b: _Tensor,
+    lse_b: _Tensor,
+    dout: _Tensor,
+    dlse: _Tensor,
+    dout_a: _Tensor,
+    dlse_a: _Tensor,
+    dout_b: _Tensor,
+    dlse_b: _Tensor,
     num_threads: int,
 ) -> None: ...

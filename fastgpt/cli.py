@@ -312,12 +312,12 @@ def _columns(rows: Iterable[tuple[str, ...]]) -> str:
 
 def _written(op: str, backend: str) -> bool:
     try:
-        dispatch.implementation(op, backend)
+        implementation = dispatch.implementation(op, backend)
     except ModuleNotFoundError as error:
         if error.name != f"fastgpt.ops.{op}.{backend}":
             raise
         return False
-    return True
+    return not hasattr(implementation, "WHY_NOT")  # one that only says why
 
 
 def _backends(args: argparse.Namespace) -> int:

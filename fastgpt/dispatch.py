@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-OPS = ("attention", "decode", "norm")
+OPS = ("attention", "decode", "merge", "norm")
 AUTO_ORDER = {
     "cpu": ("cpu", "torch", "reference"),
     "cuda": ("cuda", "triton", "torch", "reference"),

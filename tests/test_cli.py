@@ -191,6 +191,8 @@ def test_backends(capsys):
     attention = next(line for line in lines if line.startswith("attention")).split()
     assert attention[1:3] == ["yes", "yes"]
     assert attention[3] == ("no" if dispatch.unavailable("cpu") else "yes")
+    merge = next(line for line in lines if line.startswith("merge"))
+    assert "yes        not written" in merge  # torch's file for it only says why
     for backend in dispatch.BACKENDS:
         if reason := dispatch.unavailable(backend):
             assert f"{backend} is not available: {reason}" in lines

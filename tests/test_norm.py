@@ -15,6 +15,8 @@ from backends import AVAILABLE, DTYPES, assert_parity
 import fastgpt
 from fastgpt import dispatch
 from fastgpt.nn import FusedCausalSelfAttention, FusedLayerNorm, FusedRMSNorm
+from fastgpt.ops.attention.reference import philox_keep as attention_keep
+from fastgpt.ops.norm.reference import philox_keep
 from fastgpt.ops.norm.spec import FEATURES, NormCall
 
 KINDS = ("layer", "rms")
@@ -34,13 +36,16 @@ class NormCase(NamedTuple):
     prenorm: bool = False
     layout: str = "contiguous"
     offset: float = 0.0  # mean of x over its standard deviation
+    dropout_p: float = 0.0
 
     def __str__(self) -> str:
         used = [name for name in ("bias", "residual", "prenorm") if getattr(self, name)]
         size = "x".join(map(str, (*self.lead, self.hidden)))
         weight = "no-weight" if self.weight == "none" else f"{self.weight}-weight"
-        return "-".join([size, weight, *used, *([self.layout] if self.layout != "contiguous" else [])]) + (
-            f"-offset{self.offset:g}" if self.offset else ""
+        return (
+            "-".join([size, weight, *used, *([self.layout] if self.layout != "contiguous" else [])])
+            + (f"-offset{self.offset:g}" if self.offset else "")
+            + (f"-dropout{self.dropout_p:g}" if self.dropout_p else "")
         )
 
 
@@ -65,7 +70,30 @@ CASES = [
     NormCase((9,), 1000, layout="expand", residual=True, prenorm=True),
     NormCase((17,), 4096 + 3, weight="float32", residual=True, prenorm=True),
     NormCase((2,), 131072, weight="none", bias=True, residual=True, prenorm=True),
+    # Every set of parameters at the ends of the range of hidden sizes, and with dropout all and none of them.
+    *(
+        NormCase((2 if hidden > 1000 else 67,), hidden, weight, bias, residual=True, dropout_p=dropout_p)
+        for hidden in (1, 2, 3, 17, 131072)
+        for weight, bias in (("same", True), ("same", False), ("none", True), ("none", False))
+        # 0.5 scales exactly: plain PyTorch then has the same sums, and no luck with gradients of 3 elements.
+        for dropout_p in ((0.0, 0.5) if bias == (weight == "same") else (0.0,))
+    ),
+    NormCase((0,), 5, residual=True, prenorm=True, dropout_p=0.3),
+    NormCase((), 7, prenorm=True, dropout_p=0.3),
+    NormCase((257,), 768, dropout_p=0.1),
+    NormCase((3, 1, 5), 64, weight="float32", residual=True, prenorm=True, dropout_p=0.6),
+    NormCase((33,), 768, layout="slice", residual=True, prenorm=True, dropout_p=0.1),
+    NormCase((4, 5), 1000, layout="transpose", prenorm=True, dropout_p=0.9),
+    NormCase((9,), 1000, layout="expand", residual=True, prenorm=True, dropout_p=0.1),
+    NormCase((17,), 4096 + 3, residual=True, prenorm=True, dropout_p=0.5),
 ]
+CASE_BACKENDS = [
+    pytest.param(case, backend, id=f"{case}-{backend}")
+    for case in CASES
+    for backend in AVAILABLE
+    if not case.dropout_p or backend != "torch"  # which has other random bits
+]
+STATE = torch.tensor([2**63 - 25, 2**33 + 5])  # seed and offset of every case's dropout
 
 
 def laid_out(t, layout):
@@ -84,7 +112,13 @@ def laid_out(t, layout):
 def make_inputs(case, dtype):
     """x, residual, weight, bias, and the gradients of out and of the sum."""
     shape = (*case.lead, case.hidden)
-    x, residual, dout, dsum = (laid_out(torch.randn(shape).to(dtype), case.layout) for _ in range(4))
+    x, residual, dout, dsum = (torch.randn(shape) for _ in range(4))
+    if case.hidden <= 3:
+        # Few elements are often nearly equal or 0, where the gradient has no digits. Of these signs, sums are
+        # not, whatever dropout leaves of x.
+        signs = torch.tensor([1.0, -1.0, 0.5])[: case.hidden]
+        x, residual = signs * (1 + x.abs()), signs * (1 + residual.abs())
+    x, residual, dout, dsum = (laid_out(t.to(dtype), case.layout) for t in (x, residual, dout, dsum))
     weight_dtype = torch.float32 if case.weight == "float32" else dtype
     weight, bias = (torch.randn(case.hidden).to(weight_dtype) for _ in range(2))
     return (
@@ -97,9 +131,10 @@ def make_inputs(case, dtype):
     )
 
 
-def plain_norm(kind, x, residual, weight, bias):
-    """(out, sum) as anyone would write it with what torch ships."""
-    z = x if residual is None else x + residual
+def plain_norm(kind, x, residual, weight, bias, dropout_p=0.0):
+    """(out, sum) as anyone would write it with what torch ships, and the bits of STATE."""
+    z = x * philox_keep(STATE, dropout_p, x.shape) / (1 - dropout_p) if dropout_p else x
+    z = z if residual is None else z + residual
     wide = z.to(torch.promote_types(z.dtype, next((t for t in (weight, bias) if t is not None), z).dtype))
     if kind == "layer":
         return F.layer_norm(wide, x.shape[-1:], weight, bias, EPS).to(x.dtype), z
@@ -108,8 +143,9 @@ def plain_norm(kind, x, residual, weight, bias):
 
 
 def fused_norm(backend):
-    def norm(kind, x, residual, weight, bias):
-        return NORMS[kind](x, weight, bias, EPS, residual=residual, prenorm=True, backend=backend)
+    def norm(kind, x, residual, weight, bias, dropout_p=0.0):
+        dropout = {"dropout_p": dropout_p, "rng_state": STATE} if dropout_p else {}
+        return NORMS[kind](x, weight, bias, EPS, residual=residual, prenorm=True, backend=backend, **dropout)
 
     return norm
 
@@ -118,7 +154,7 @@ def gradients(norm, kind, case, inputs):
     """The gradient of each input that the case has, by name."""
     *tensors, dout, dsum = inputs
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    out, total = norm(kind, *leaves)
+    out, total = norm(kind, *leaves, case.dropout_p)
     if case.prenorm:
         torch.autograd.backward([out, total], [dout, dsum])
     else:
@@ -138,26 +174,35 @@ def poisoned_outputs(poison):
         assert t.isnan().all()
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in CASES])
+@pytest.mark.parametrize("case,backend", CASE_BACKENDS)
 def test_forward_parity(case, kind, dtype, backend):
     *tensors, _, _ = make_inputs(case, dtype)
     x, residual, weight, bias = tensors
-    got = NORMS[kind](x, weight, bias, EPS, residual=residual, prenorm=case.prenorm, backend=backend)
+    got = NORMS[kind](
+        x,
+        weight,
+        bias,
+        EPS,
+        residual=residual,
+        prenorm=case.prenorm,
+        dropout_p=case.dropout_p,
+        rng_state=STATE,
+        backend=backend,
+    )
     got = got if case.prenorm else (got,)
-    plain, exact = plain_norm(kind, *tensors), plain_norm(kind, *double(tensors))
+    plain = plain_norm(kind, *tensors, case.dropout_p)
+    exact = plain_norm(kind, *double(tensors), case.dropout_p)
     for what, *values in zip(("out", "sum"), got, plain, exact, strict=False):
         assert values[0].dtype == dtype
         assert_parity(what, *values)
     assert got[0].is_contiguous()
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in CASES])
+@pytest.mark.parametrize("case,backend", CASE_BACKENDS)
 def test_backward_parity(case, kind, dtype, backend):
     inputs = make_inputs(case, dtype)
     got = gradients(fused_norm(backend), kind, case, inputs)
@@ -179,27 +224,29 @@ def test_a_large_mean_costs_no_digits(backend, kind):
     assert_parity("out", got, exact, exact)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reference_in_float64(kind):
-    case = NormCase((5, 3), 33, residual=True, prenorm=True)
+def test_reference_in_float64(kind, dropout_p):
+    case = NormCase((5, 3), 33, residual=True, prenorm=True, dropout_p=dropout_p)
     tensors = double(make_inputs(case, torch.float32))
-    for got, exact in zip(
-        fused_norm("reference")(kind, *tensors[:4]), plain_norm(kind, *tensors[:4]), strict=True
-    ):
+    results = (norm(kind, *tensors[:4], dropout_p) for norm in (fused_norm("reference"), plain_norm))
+    for got, exact in zip(*results, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
     exact = gradients(plain_norm, kind, case, tensors)
     for name, got in gradients(fused_norm("reference"), kind, case, tensors).items():
         torch.testing.assert_close(got, exact[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("prenorm", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind, prenorm):
+def test_gradcheck(kind, prenorm, dropout_p):
     case = NormCase((3, 2), 5, residual=True)
     leaves = [t.requires_grad_() for t in double(make_inputs(case, torch.float32)[:4])]
 
     def f(x, residual, weight, bias):
-        return NORMS[kind](x, weight, bias, residual=residual, prenorm=prenorm, backend="reference")
+        options = {"prenorm": prenorm, "dropout_p": dropout_p, "rng_state": STATE, "backend": "reference"}
+        return NORMS[kind](x, weight, bias, residual=residual, **options)
 
     assert torch.autograd.gradcheck(f, leaves)
 
@@ -220,6 +267,72 @@ def test_prenorm_without_a_residual_gives_x_itself(backend):
     assert fastgpt.layer_norm(x, prenorm=True, backend=backend)[1] is x
 
 
+DROPPING = [name for name in AVAILABLE if name != "torch"]
+
+
+@pytest.mark.parametrize("backend", DROPPING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 3, 16, 17, 64, 65, 1000])
+def test_dropout_keeps_what_philox_says(hidden, dtype, backend):
+    """Forward and backward, with and without a residual; the rows are those of the leading axes as one."""
+    x = torch.ones(3, 7, hidden, dtype=dtype)
+    keep = philox_keep(STATE, 0.4, x.shape)
+    assert torch.equal(keep.flatten(0, 1), attention_keep(STATE, 0.4, (1, 1, 21, hidden))[0, 0])
+    kept = (keep / 0.6).to(dtype)
+    leaf = x.clone().requires_grad_()
+    for norm in NORMS.values():
+        for residual, total in ((None, kept), (torch.zeros_like(x, requires_grad=True), kept)):
+            options = {"residual": residual, "dropout_p": 0.4, "rng_state": STATE, "backend": backend}
+            out, z = norm(leaf, prenorm=True, **options)
+            torch.testing.assert_close(z, total, rtol=1e-6, atol=0)
+            assert torch.equal(out, norm(z, backend=backend))
+            with torch.no_grad():
+                assert torch.equal(out, norm(x, **options))  # without a sum to write it to
+            inputs = [t for t in (leaf, residual) if t is not None]
+            dx, *dresidual = torch.autograd.grad(z, inputs, x)
+            torch.testing.assert_close(dx, kept, rtol=1e-6, atol=0)
+            assert all(torch.equal(grad, x) for grad in dresidual)
+
+
+def test_dropout_is_a_function_of_its_state():
+    base = philox_keep(STATE, 0.5, (50, 64))
+    for other in (
+        STATE + torch.tensor([1, 0]),
+        STATE + torch.tensor([0, 1]),
+        STATE - torch.tensor([2**40, 0]),
+    ):
+        assert 0.4 < (philox_keep(other, 0.5, (50, 64)) != base).float().mean() < 0.6
+    assert torch.equal(philox_keep(STATE + torch.tensor([0, 2**32]), 0.5, (50, 64)), base)
+    assert torch.equal(philox_keep(STATE, 0.5, (20, 37)), base[:20, :37])
+    rate = philox_keep(STATE, 0.25, (1000, 100)).float().mean().item()
+    assert abs(rate - 0.75) < 6 * math.sqrt(0.25 * 0.75 / 1e5)
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_dropout_draws_from_torchs_generator(norm):
+    x = torch.randn(8, 64)
+    torch.manual_seed(3)
+    first = norm(x, dropout_p=0.5)
+    assert not torch.equal(first, norm(x, dropout_p=0.5))
+    torch.manual_seed(3)
+    assert torch.equal(first, norm(x, dropout_p=0.5))
+    assert torch.equal(norm(x, rng_state=STATE), norm(x))  # no dropout without dropout_p
+
+
+@pytest.mark.parametrize("backend", DROPPING)
+@pytest.mark.parametrize("dropout_p", [1e-12, 1 - 1e-7])
+def test_the_least_and_the_most_dropout(dropout_p, backend):
+    x, residual = torch.randn(40, 100), torch.randn(40, 100)
+    leaves = [t.clone().requires_grad_() for t in (x, residual)]
+    options = {"dropout_p": dropout_p, "rng_state": STATE, "prenorm": True, "backend": backend}
+    _, z = fastgpt.rms_norm(leaves[0], residual=leaves[1], **options)
+    expected = x + residual if dropout_p < 0.5 else residual
+    torch.testing.assert_close(z, expected)
+    dx, dresidual = torch.autograd.grad(z, leaves, residual)
+    torch.testing.assert_close(dx, residual if dropout_p < 0.5 else torch.zeros_like(x))
+    assert torch.equal(dresidual, residual)
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nonfinite_values_stay_in_their_row(dtype, backend):
@@ -232,16 +345,16 @@ def test_nonfinite_values_stay_in_their_row(dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lead,hidden", [((257,), 1000), ((9,), 131072)])
-def test_same_bits_at_any_thread_count(lead, hidden, kind, dtype):
-    case = NormCase(lead, hidden, residual=True, prenorm=True)
+@pytest.mark.parametrize("lead,hidden,dropout_p", [((257,), 1000, 0), ((257,), 1000, 0.1), ((9,), 131072, 0)])
+def test_same_bits_at_any_thread_count(lead, hidden, dropout_p, kind, dtype):
+    case = NormCase(lead, hidden, residual=True, prenorm=True, dropout_p=dropout_p)
     inputs = make_inputs(case, dtype)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            out = fused_norm(None)(kind, *inputs[:4])
+            out = fused_norm(None)(kind, *inputs[:4], dropout_p)
             results.append([*out, *gradients(fused_norm(None), kind, case, inputs).values()])
     finally:
         torch.set_num_threads(threads)
@@ -262,10 +375,14 @@ def test_what_each_backend_supports():
     def refused(backend, *call):
         return dispatch.implementation("norm", backend).unsupported(NormCall(*call))
 
-    for backend in ("reference", "torch", "cpu"):
-        for dtype in DTYPES:
+    without_dropout = tuple(name for name in FEATURES if name != "dropout")
+    for dtype in DTYPES:
+        for backend in ("reference", "cpu"):
             assert not refused(backend, "cpu", dtype, FEATURES)
-    assert not refused("torch", "cpu", torch.float64, FEATURES)
+        assert not refused("torch", "cpu", dtype, without_dropout)
+    assert not refused("torch", "cpu", torch.float64, without_dropout)
+    with pytest.raises(fastgpt.BackendUnsupported, match="torch's dropout bits are not fastgpt's"):
+        fastgpt.layer_norm(torch.zeros(2, 4), dropout_p=0.1, backend="torch")
     assert len(refused("cpu", "cuda", torch.float64, ("rms", "something new"))) == 3
     with pytest.raises(fastgpt.BackendUnsupported, match=r"'cpu' cannot serve norm\(float64 on cpu, rms, we"):
         fastgpt.rms_norm(torch.zeros(2, 4).double(), torch.ones(4), backend="cpu")
@@ -306,6 +423,23 @@ BAD = {
     "eps: got inf, expected a finite number": (X, {"eps": math.inf}),
     "eps: got str, expected a float": (X, {"eps": "1e-5"}),
     "prenorm: got 1, expected True or False": (X, {"prenorm": 1}),
+    "dropout_p: got 1.0, expected 0 <= dropout_p < 1": (X, {"dropout_p": 1.0}),
+    "dropout_p: got -0.1, expected 0 <= dropout_p < 1": (X, {"dropout_p": -0.1}),
+    "dropout_p: got nan, expected 0 <= dropout_p < 1": (X, {"dropout_p": math.nan}),
+    "dropout_p: got NoneType, expected a float": (X, {"dropout_p": None}),
+    "rng_state: got int, expected a torch.Tensor (2) or None": (X, {"dropout_p": 0.1, "rng_state": 1}),
+    "rng_state: got torch.int64 (3,) on cpu, expected int64 (2,) on cpu: seed and offset": (
+        X,
+        {"dropout_p": 0.1, "rng_state": torch.zeros(3, dtype=torch.int64)},
+    ),
+    "rng_state: got torch.int32 (2,) on cpu, expected int64": (
+        X,
+        {"dropout_p": 0.1, "rng_state": torch.zeros(2, dtype=torch.int32)},
+    ),
+    "rng_state: got torch.int64 (2,) on meta, expected int64 (2,) on cpu": (
+        X,
+        {"dropout_p": 0.1, "rng_state": STATE.to("meta")},
+    ),
     "backend: got 'gpu', expected one of auto": (X, {"backend": "gpu"}),
 }
 
@@ -326,16 +460,24 @@ def test_opcheck(backend, rms, grad):
     weight, bias = (torch.randn(33, requires_grad=grad) for _ in range(2))
     dout, stats = torch.randn(3, 5, 33), torch.rand(15)
     forward, backward = torch.ops.fastgpt.norm_fwd.default, torch.ops.fastgpt.norm_bwd.default
-    for args in (
-        (x, residual, weight, bias, True),
-        (x, None, None, bias, False),
-        (x.detach(), residual.detach(), None, None, False),
+    for *args, dropout_p in (
+        (x, residual, weight, bias, None, True, 0.0),
+        (x, None, None, bias, None, False, 0.0),
+        (x.detach(), residual.detach(), None, None, None, False, 0.0),
+        (x, residual, weight, bias, STATE, True, 0.3),
+        (x, None, weight, None, STATE, True, 0.3),
+        (x.detach(), None, None, None, STATE, False, 0.3),
     ):
-        torch.library.opcheck(forward, (*args, rms, EPS, backend))
+        torch.library.opcheck(forward, (*args, rms, EPS, dropout_p, backend))
     mean = torch.empty(0) if rms else stats
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
-    torch.library.opcheck(backward, (dout, dout, x, weight, bias, mean, stats, rms, EPS, backend))
-    torch.library.opcheck(backward, (dout, None, x, None, None, mean, stats, rms, EPS, backend))
+    for *args, dropout_p in (
+        (dout, dout, x, weight, bias, mean, stats, None, True, 0.0),
+        (dout, None, x, None, None, mean, stats, None, False, 0.0),
+        (dout, dout, x, weight, bias, mean, stats, STATE, True, 0.3),
+        (dout, None, x, None, None, mean, stats, STATE, False, 0.3),
+    ):
+        torch.library.opcheck(backward, (*args, rms, EPS, dropout_p, backend))
 
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
@@ -349,14 +491,19 @@ def test_second_derivatives_are_refused(norm):
 def test_the_operator_refuses_a_gradient_without_the_sum():
     x = torch.randn(2, 8, requires_grad=True)
     with pytest.raises(ValueError, match="store_sum: got False, expected True"):
-        torch.ops.fastgpt.norm_fwd(x, x, None, None, False, False, EPS, "reference")
+        torch.ops.fastgpt.norm_fwd(x, x, None, None, None, False, False, EPS, 0.0, "reference")
+    with pytest.raises(ValueError, match="store_sum: got False, expected True"):
+        torch.ops.fastgpt.norm_fwd(x, None, None, None, STATE, False, False, EPS, 0.1, "reference")
 
 
 @pytest.mark.parametrize("kind,dynamic", [("layer", True), ("rms", False)])
-@pytest.mark.parametrize("backend", AVAILABLE)
-def test_compile_fullgraph(backend, kind, dynamic):
+@pytest.mark.parametrize(
+    "backend,dropout_p", [*((name, 0.0) for name in AVAILABLE), *((name, 0.3) for name in DROPPING)]
+)
+def test_compile_fullgraph(backend, dropout_p, kind, dynamic):
     def f(x, residual, weight):
-        out, total = NORMS[kind](x.sin(), weight, residual=residual, prenorm=True, backend=backend)
+        options = {"prenorm": True, "dropout_p": dropout_p, "rng_state": STATE, "backend": backend}
+        out, total = NORMS[kind](x.sin(), weight, residual=residual, **options)
         return out.exp() + total.cos()
 
     torch._dynamo.reset()

@@ -20,11 +20,14 @@ namespace {
 #include "simd.h"
 #include "tile.h"
 #include "attention_common.h"
+#include "dropout.h"
 #include "scores.h"
 #include "attention_forward.h"
 #include "attention_backward.h"
 #include "decode.h"
+#include "rows.h"
 #include "norm.h"
+#include "merge.h"
 
 template <class T>
 using DecodeSame = Decode<T, T>;
@@ -78,6 +81,8 @@ const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
     decode,
     by_dtype<NormForward, NormForwardParams>,
     by_dtype<NormBackward, NormBackwardParams>,
+    by_dtype<MergeForward, MergeParams>,
+    by_dtype<MergeBackward, MergeBackwardParams>,
 };
 
 }  // namespace fastgpt

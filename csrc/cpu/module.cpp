@@ -96,6 +96,7 @@ Isa choose_isa() {
 
 typedef std::tuple<uintptr_t, int64_t, int64_t, int64_t> PyTensor;  // pointer; batch, seq, head stride
 typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> PySizes;
+typedef std::tuple<int64_t, int64_t, int64_t, int64_t> PyMergeSizes;  // batch, seqlen, nheads, headdim_v
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -128,6 +129,12 @@ template <class Data>
 void set_bias(BiasTensor<Data>& bias, uintptr_t data, const PyStrides& strides) {
   bias.data = pointer<Data>(data);
   std::tie(bias.batch_stride, bias.head_stride, bias.query_stride, bias.key_stride) = strides;
+}
+
+typedef std::tuple<uint32_t, uint32_t, uint64_t, float> PyDropout;  // the fields of Dropout
+
+void set_dropout(Dropout& p, const std::optional<PyDropout>& dropout) {
+  if (dropout) std::tie(p.dropout_threshold, p.dropout_offset, p.dropout_seed, p.dropout_scale) = *dropout;
 }
 
 // What varies a call beyond plain attention: the fields of AttentionParams from cu_seqlens_q to
@@ -273,7 +280,8 @@ PYBIND11_MODULE(_cpu, m) {
       "norm_forward",
       [kernels](int dtype, int weight_dtype, int64_t rows, int64_t hidden, uintptr_t x, int64_t x_stride,
                 uintptr_t residual, int64_t residual_stride, uintptr_t weight, uintptr_t bias, float eps,
-                uintptr_t out, uintptr_t residual_out, uintptr_t mean, uintptr_t rstd, int num_threads) {
+                uintptr_t out, uintptr_t residual_out, uintptr_t mean, uintptr_t rstd, int num_threads,
+                const std::optional<PyDropout>& dropout) {
         NormForwardParams p;
         p.dtype = static_cast<DType>(dtype);
         p.weight_dtype = static_cast<DType>(weight_dtype);
@@ -291,20 +299,22 @@ PYBIND11_MODULE(_cpu, m) {
         p.mean = pointer<float>(mean);
         p.rstd = pointer<float>(rstd);
         p.num_threads = num_threads;
+        set_dropout(p, dropout);
         KernelScope scope;
         kernels->norm_forward(p);
       },
       py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("x"),
       py::arg("x_stride"), py::arg("residual"), py::arg("residual_stride"), py::arg("weight"),
       py::arg("bias"), py::arg("eps"), py::arg("out"), py::arg("residual_out"), py::arg("mean"),
-      py::arg("rstd"), py::arg("num_threads"));
+      py::arg("rstd"), py::arg("num_threads"), py::arg("dropout"));
 
   m.def(
       "norm_backward",
       [kernels](int dtype, int weight_dtype, int64_t rows, int64_t hidden, uintptr_t dout,
                 int64_t dout_stride, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t dresidual,
-                int64_t dresidual_stride, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dweight,
-                uintptr_t dbias, int num_threads) {
+                int64_t dresidual_stride, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dsum,
+                uintptr_t dweight, uintptr_t dbias, int num_threads,
+                const std::optional<PyDropout>& dropout) {
         NormBackwardParams p;
         p.dtype = static_cast<DType>(dtype);
         p.weight_dtype = static_cast<DType>(weight_dtype);
@@ -320,14 +330,64 @@ PYBIND11_MODULE(_cpu, m) {
         p.mean = pointer<const float>(mean);
         p.rstd = pointer<const float>(rstd);
         p.dx = pointer<void>(dx);
+        p.dsum = pointer<void>(dsum);
         p.dweight = pointer<void>(dweight);
         p.dbias = pointer<void>(dbias);
         p.num_threads = num_threads;
+        set_dropout(p, dropout);
         KernelScope scope;
         kernels->norm_backward(p);
       },
       py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("dout"),
       py::arg("dout_stride"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("dresidual"),
-      py::arg("dresidual_stride"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dweight"),
-      py::arg("dbias"), py::arg("num_threads"));
+      py::arg("dresidual_stride"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dsum"),
+      py::arg("dweight"), py::arg("dbias"), py::arg("num_threads"), py::arg("dropout"));
+
+  m.def(
+      "merge_forward",
+      [kernels](int dtype, const PyMergeSizes& sizes, const PyTensor& out_a, const PyTensor& lse_a,
+                const PyTensor& out_b, const PyTensor& lse_b, const PyTensor& out, const PyTensor& lse,
+                int num_threads) {
+        MergeParams p;
+        p.dtype = static_cast<DType>(dtype);
+        std::tie(p.batch, p.seqlen, p.nheads, p.headdim_v) = sizes;
+        p.out_a = tensor(out_a);
+        p.lse_a = tensor(lse_a);
+        p.out_b = tensor(out_b);
+        p.lse_b = tensor(lse_b);
+        p.out = tensor(out);
+        p.lse = tensor(lse);
+        p.num_threads = num_threads;
+        KernelScope scope;
+        kernels->merge_forward(p);
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
+      py::arg("lse_b"), py::arg("out"), py::arg("lse"), py::arg("num_threads"));
+
+  m.def(
+      "merge_backward",
+      [kernels](int dtype, const PyMergeSizes& sizes, const PyTensor& out_a, const PyTensor& lse_a,
+                const PyTensor& out_b, const PyTensor& lse_b, const PyTensor& dout, const PyTensor& dlse,
+                const PyTensor& dout_a, const PyTensor& dlse_a, const PyTensor& dout_b,
+                const PyTensor& dlse_b, int num_threads) {
+        MergeBackwardParams p;
+        p.dtype = static_cast<DType>(dtype);
+        std::tie(p.batch, p.seqlen, p.nheads, p.headdim_v) = sizes;
+        p.out_a = tensor(out_a);
+        p.lse_a = tensor(lse_a);
+        p.out_b = tensor(out_b);
+        p.lse_b = tensor(lse_b);
+        p.dout = tensor(dout);
+        p.dlse = tensor(dlse);
+        p.dout_a = tensor(dout_a);
+        p.dlse_a = tensor(dlse_a);
+        p.dout_b = tensor(dout_b);
+        p.dlse_b = tensor(dlse_b);
+        p.num_threads = num_threads;
+        KernelScope scope;
+        kernels->merge_backward(p);
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
+      py::arg("lse_b"), py::arg("dout"), py::arg("dlse"), py::arg("dout_a"), py::arg("dlse_a"),
+      py::arg("dout_b"), py::arg("dlse_b"), py::arg("num_threads"));
 }

@@ -1,14 +1,14 @@
 // Layer norm and RMS norm, forward and backward, one row of `hidden` elements at a time.
 //
-//   z = x + residual, rounded to their type
+//   z = dropout(x) + residual, rounded to their type; dropout(x) = x keep / (1 - dropout_p)
 //   layer norm: mean = sum(z) / hidden, rstd = 1 / sqrt(sum((z - mean)^2) / hidden + eps)
 //   RMS norm:   mean = 0,               rstd = 1 / sqrt(sum(z^2) / hidden + eps)
 //   xhat = (z - mean) rstd,  out = xhat weight + bias
 //
 // Ba et al. 2016 (arXiv:1607.06450); Zhang and Sennrich 2019 (arXiv:1910.07467).
 //
-// x, residual, dout, dresidual (rows, hidden) in fp32, bf16 or fp16, any row stride; out, residual_out, dx
-// the same, contiguous; weight, bias, dweight, dbias (hidden) in fp32, bf16 or fp16, independent of x's
+// x, residual, dout, dresidual (rows, hidden) in fp32, bf16 or fp16, any row stride; out, residual_out, dx,
+// dsum the same, contiguous; weight, bias, dweight, dbias (hidden) in fp32, bf16 or fp16, independent of x's
 // type; mean, rstd (rows) fp32. All arithmetic is fp32, and `out` is rounded once. The norm is that of the
 // rounded sum, which is what backward finds stored: where the variance is small, statistics of the unrounded
 // one would not be those of its rows. The variance is that of z - mean, never a difference of large moments;
@@ -16,40 +16,8 @@
 //
 // One unit of work owns a block of rows that depends on the shape alone, so the bits depend neither on
 // the number of threads nor, row by row, on the batch. The last vector of a row is loaded and stored in
-// part. Error bounds: tests/test_norm.py::test_forward_parity and ::test_backward_parity.
-
-constexpr int64_t kUnitElements = 1 << 14;  // of a unit: a few microseconds, what waking a thread costs
-constexpr int kSums = 4;                    // partial sums of a row, so that additions overlap
-
-// Calls body(unit, worker) for every unit; on the calling thread alone where one is enough.
-template <class Body>
-void parallel_units(int64_t units, int64_t workers, const Body& body) {
-  if (workers <= 1) {
-    for (int64_t u = 0; u < units; u++) body(u, 0);
-    return;
-  }
-  int64_t unit_counter = 0, worker_counter = 0;
-#pragma omp parallel num_threads(workers)
-  {
-    int64_t worker = next_unit(&worker_counter);
-    for (int64_t u; (u = next_unit(&unit_counter)) < units;) body(u, worker);
-  }
-}
-
-// Calls body(i, n, s) for every vector of a row: its n elements from i on go into partial sum s.
-template <class Body>
-FASTGPT_INLINE void for_each_vector(int64_t hidden, const Body& body) {
-  int64_t i = 0;
-  for (; i + kSums * kLanes <= hidden; i += kSums * kLanes)
-#pragma GCC unroll 4
-    for (int s = 0; s < kSums; s++) body(i + s * kLanes, kLanes, s);
-  for (; i + kLanes <= hidden; i += kLanes) body(i, kLanes, 0);
-  if (i < hidden) body(i, hidden - i, 0);
-}
-
-FASTGPT_INLINE float total(const vf (&sums)[kSums]) {
-  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
+// part. Which elements dropout keeps is counted by row and column (dropout.h), and counted again in backward.
+// Error bounds: tests/test_norm.py::test_forward_parity and ::test_backward_parity.
 
 // (hidden) weights as fp32: `source` itself if it is fp32, else `buffer`, filled with `missing` if null.
 inline const float* as_fp32(const void* source, DType dtype, int64_t hidden, float missing, float* buffer) {
@@ -63,6 +31,20 @@ inline const float* as_fp32(const void* source, DType dtype, int64_t hidden, flo
   else
     pack_rows(Rows<const f16>{static_cast<const f16*>(source), 0}, 1, hidden, 1.0f, buffer, width);
   return buffer;
+}
+
+// Calls body(i, n, factor) for every vector of row r: its n elements from i on, and what dropout multiplies
+// them by.
+template <class Body>
+FASTGPT_INLINE void for_each_dropped(const Dropout& p, int64_t r, int64_t hidden, const Body& body) {
+  for (int64_t first = 0; first < hidden; first += 4 * kLanes) {
+    vf keep[4];
+    keep_elements(p, first, static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), keep);
+    for (int v = 0; v < 4; v++) {
+      int64_t i = first + v * kLanes;
+      if (i < hidden) body(i, min(kLanes, hidden - i), keep[v] * p.dropout_scale);
+    }
+  }
 }
 
 template <class T>
@@ -87,9 +69,17 @@ struct NormForward {
   // Row r of z, in residual_out, in `buffer` or x's own.
   FASTGPT_INLINE const T* add_row(int64_t r, float* buffer) {
     const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
-    if (!p.residual) return x;
-    const T* residual = static_cast<const T*>(p.residual) + r * p.residual_stride;
+    if (!p.residual && !p.dropout_threshold) return x;
+    const T* residual = static_cast<const T*>(p.residual);
+    if (residual) residual += r * p.residual_stride;
     T* z = p.residual_out ? static_cast<T*>(p.residual_out) + r * p.hidden : reinterpret_cast<T*>(buffer);
+    if (p.dropout_threshold) {
+      for_each_dropped(p, r, p.hidden, [&](int64_t i, int64_t n, vf factor) {
+        vf dropped = load_upto(x + i, n) * factor;
+        store_upto(z + i, residual ? dropped + load_upto(residual + i, n) : dropped, n);
+      });
+      return z;
+    }
     for_each_vector(p.hidden, [&](int64_t i, int64_t n, int) {
       store_upto(z + i, load_upto(x + i, n) + load_upto(residual + i, n), n);
     });
@@ -140,7 +130,8 @@ struct NormForward {
 };
 
 // With g = dout weight, of out = xhat weight + bias and xhat = (z - mean) rstd:
-//   dx = rstd (g - sum(g) / hidden - xhat sum(g xhat) / hidden) + dresidual   (RMS norm: no sum(g))
+//   dsum = rstd (g - sum(g) / hidden - xhat sum(g xhat) / hidden) + dresidual   (RMS norm: no sum(g))
+//   dx = dsum keep / (1 - dropout_p), of z = dropout(x) + residual; without dropout dsum is dx
 //   dweight = sum over rows of dout xhat,  dbias = sum over rows of dout
 // x is the sum z. A unit owns the rows of one chunk, adds their dweight and dbias to
 // fp32 sums of its own, and these are added in the order of the chunks.
@@ -186,14 +177,26 @@ struct NormBackward {
       products[s] += g * ((load_upto(z + i, n) - mean) * rstd);
     });
     float mean_g = p.mean ? total(sums) * scale : 0.0f, mean_gx = total(products) * scale;
-    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int) {
+    auto differentiate_sum = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       vf dy = load_upto(dout + i, n), xhat = (load_upto(z + i, n) - mean) * rstd;
       // From memory: multiplied again, g would be fused with the difference, and not rounded as in mean_g.
       vf d = rstd * (load(g_row + i) - mean_g - xhat * mean_gx);
       if (dresidual) d += load_upto(dresidual + i, n);
-      store_upto(dx + i, d, n);
       store(dweight + i, load(dweight + i) + dy * xhat);
       store(dbias + i, load(dbias + i) + dy);
+      return d;
+    };
+    if (!p.dropout_threshold) {
+      for_each_vector(p.hidden,
+                      [&](int64_t i, int64_t n, int) { store_upto(dx + i, differentiate_sum(i, n), n); });
+      return;
+    }
+    T* dsum = static_cast<T*>(p.dsum);
+    if (dsum) dsum += r * p.hidden;
+    for_each_dropped(p, r, p.hidden, [&](int64_t i, int64_t n, vf factor) {
+      vf d = differentiate_sum(i, n);
+      if (dsum) store_upto(dsum + i, d, n);
+      store_upto(dx + i, d * factor, n);
     });
   }
 

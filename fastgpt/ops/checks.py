@@ -71,6 +71,22 @@ def check_number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
+def check_dropout(dropout_p: float, rng_state: Tensor | None, device: torch.device) -> Tensor | None:
+    """Checks both; returns the state, drawn from torch's generator if none was given, None if p is 0."""
+    check_number("dropout_p", dropout_p, 0, 1)
+    check_optional("rng_state", rng_state, "(2)")
+    if not dropout_p:
+        return None
+    if rng_state is None:
+        return torch.randint(2**31, (2,), device=device, dtype=torch.int64)
+    if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64 or rng_state.device != device:
+        raise ValueError(
+            f"rng_state: got {rng_state.dtype} {shape_of(rng_state)} on {rng_state.device}, "
+            f"expected int64 (2,) on {device}: seed and offset"
+        )
+    return rng_state
+
+
 def check_tensor(name: str, value: object, axes: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
     """A tensor of one of the dtypes with as many dimensions as ``axes`` names, unit last stride."""
     if not isinstance(value, Tensor):
@@ -87,11 +103,11 @@ def check_tensor(name: str, value: object, axes: str, dtypes: tuple[torch.dtype,
         )
 
 
-def check_same(name: str, value: Tensor, q: Tensor) -> None:
-    if value.dtype != q.dtype:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {q.dtype} like q")
-    if value.device != q.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {q.device} like q")
+def check_same(name: str, value: Tensor, other: Tensor, like: str = "q") -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {other.dtype} like {like}")
+    if value.device != other.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {other.device} like {like}")
 
 
 Q = "(batch, seqlen, nheads, headdim)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgpt.ops import philox
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/include/fastgpt/params.h
 MAX_HEADDIM = 256
 NO_TENSOR = (0, 0, 0, 0)
@@ -34,3 +36,9 @@ def pass_tensor(t: Tensor | None) -> tuple[int, ...]:
 
 def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def pass_dropout(dropout_p: float, rng_state: Tensor | None) -> tuple[int, int, int, float]:
+    """The fields of Dropout in csrc/include/fastgpt/params.h: threshold, offset, seed and scale."""
+    seed, offset = (0, 0) if rng_state is None else rng_state.tolist()
+    return philox.threshold(dropout_p), offset & philox.LOW, seed & (2**64 - 1), 1 / (1 - dropout_p)

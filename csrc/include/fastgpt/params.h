@@ -28,6 +28,13 @@ struct Bias : BiasTensor<const void> {  // added to the scores; a boolean one hi
   BiasType type = BiasType::f32;
 };
 
+// Dropout keeps an element iff its random word is at least the threshold (philox.h); 0 is off.
+struct Dropout {
+  uint32_t dropout_threshold = 0, dropout_offset = 0;
+  uint64_t dropout_seed = 0;
+  float dropout_scale = 1.0f;  // 1 / (1 - dropout_p)
+};
+
 // Shapes and meaning shared by attention forward and backward.
 // q (batch, seqlen_q, nheads, headdim); k (batch, seqlen_k, nheads_k, headdim);
 // v (batch, seqlen_k, nheads_k, headdim_v); out (batch, seqlen_q, nheads, headdim_v);
@@ -35,7 +42,7 @@ struct Bias : BiasTensor<const void> {  // added to the scores; a boolean one hi
 //
 // With cu_seqlens_q, cu_seqlens_k the sequences are packed: q (total_q, nheads, headdim) and so on, with
 // batch strides 0; seqlen_q, seqlen_k are then the totals; lse is (nheads, total_q).
-struct AttentionParams {
+struct AttentionParams : Dropout {
   DType dtype;
   int64_t batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v;
   Tensor q, k, v, out;
@@ -52,10 +59,6 @@ struct AttentionParams {
   int64_t alibi_batch_stride = 0;
   const float* sink = nullptr;  // (nheads): a logit that joins the denominator only
   Bias bias;
-  // Dropout keeps a probability iff its random word is at least the threshold (philox.h); 0 is off.
-  uint32_t dropout_threshold = 0, dropout_offset = 0;
-  uint64_t dropout_seed = 0;
-  float dropout_scale = 1.0f;  // 1 / (1 - dropout_p)
 
   // The rows of sequence b: its first ones, and how many.
   FASTGPT_HD int64_t first_query_row(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b] : 0; }
@@ -111,8 +114,8 @@ struct DecodeParams : AttentionParams {
   Tensor q_source{};  // what is rotated into q
 };
 
-// Rows of `hidden` elements. mean and rstd are fp32 (rows); mean is null for RMS norm.
-struct NormForwardParams {
+// Rows of `hidden` elements. mean and rstd are fp32 (rows); mean is null for RMS norm. Dropout is that of x.
+struct NormForwardParams : Dropout {
   DType dtype, weight_dtype;
   int64_t rows, hidden;
   const void* x;
@@ -122,24 +125,42 @@ struct NormForwardParams {
   const void *weight, *bias;  // (hidden), or null
   float eps;
   void* out;           // (rows, hidden), contiguous
-  void* residual_out;  // x + residual, (rows, hidden), contiguous, or null
+  void* residual_out;  // the sum, (rows, hidden), contiguous, or null
   float *mean, *rstd;
   int num_threads;
 };
 
-struct NormBackwardParams {
+struct NormBackwardParams : Dropout {
   DType dtype, weight_dtype;
   int64_t rows, hidden;
   const void* dout;
   int64_t dout_stride;
-  const void* x;  // what was normalised (x + residual)
+  const void* x;  // what was normalised: the sum
   int64_t x_stride;
   const void* weight;
-  const void* dresidual;  // gradient of residual_out, added to dx, or null
+  const void* dresidual;  // gradient of residual_out, or null
   int64_t dresidual_stride;
   const float *mean, *rstd;
   void* dx;               // (rows, hidden), contiguous
+  void* dsum;             // like dx: with dropout, the gradient of the sum, or null
   void *dweight, *dbias;  // (hidden) in weight_dtype, or null
+  int num_threads;
+};
+
+// Attention over two disjoint sets of keys, merged: out_a, out_b, out (batch, seqlen, nheads, headdim_v);
+// lse_a, lse_b, lse (batch, nheads, seqlen), fp32, any strides. Packed sequences are a batch of one.
+struct MergeParams {
+  DType dtype;
+  int64_t batch, seqlen, nheads, headdim_v;
+  Tensor out_a, lse_a, out_b, lse_b, out, lse;
+  int num_threads;
+};
+
+// The gradients are shaped like what they are of; dlse is null where there is none.
+struct MergeBackwardParams {
+  DType dtype;
+  int64_t batch, seqlen, nheads, headdim_v;
+  Tensor out_a, lse_a, out_b, lse_b, dout, dlse, dout_a, dlse_a, dout_b, dlse_b;
   int num_threads;
 };
 
@@ -150,6 +171,8 @@ struct Kernels {
   void (*decode)(const DecodeParams&);
   void (*norm_forward)(const NormForwardParams&);
   void (*norm_backward)(const NormBackwardParams&);
+  void (*merge_forward)(const MergeParams&);
+  void (*merge_backward)(const MergeBackwardParams&);
 };
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for the next call unless it is large; its

@@ -10,8 +10,9 @@ namespace fastgpt {
 // Turns the counter into the four random words. Word is uint32_t or a vector of them;
 // Multiply::wide(a, m, high, low) gives both halves of the 64-bit products a * m.
 //
-// Dropout counts (j / 4, i, batch * nheads + head, offset) and uses word j % 4 for key j; the words of the
-// key are the halves of the seed.
+// The words of the key are the halves of the seed. Attention's dropout counts
+// (j / 4, i, batch * nheads + head, offset) and uses word j % 4 for key j; that of norms counts
+// (column / 4, low half of the row, high half, offset) and uses word column % 4.
 template <class Multiply, class Word>
 FASTGPT_HD void philox(Word (&counter)[4], uint32_t key_low, uint32_t key_high) {
   for (int round = 0; round < 10; round++) {

@@ -40,12 +40,10 @@ def _check_options(
                 f"expected torch.int32 ({batch},) on {q.device}"
             )
     checks.check_number("softcap", softcap, 0, math.inf)
-    checks.check_number("dropout_p", dropout_p, 0, 1)
     for name, t, axes in (
         ("alibi_slopes", alibi_slopes, "(nheads) or (batch, nheads)"),
         ("sink", sink, "(nheads)"),
         ("attn_bias", attn_bias, "(batch, nheads, seqlen_q, seqlen_k)"),
-        ("rng_state", rng_state, "(2)"),
     ):
         checks.check_optional(name, t, axes)
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
@@ -78,16 +76,7 @@ def _check_options(
             raise TypeError(f"attn_bias: got dtype {attn_bias.dtype}, expected bool or floating point")
         if attn_bias.device != q.device:
             raise ValueError(f"attn_bias: got device {attn_bias.device}, expected {q.device} like q")
-    if not dropout_p:
-        return None
-    if rng_state is None:
-        return torch.randint(2**31, (2,), device=q.device, dtype=torch.int64)
-    if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64 or rng_state.device != q.device:
-        raise ValueError(
-            f"rng_state: got {rng_state.dtype} {checks.shape_of(rng_state)} on {rng_state.device}, "
-            f"expected int64 (2,) on {q.device}: seed and offset"
-        )
-    return rng_state
+    return checks.check_dropout(dropout_p, rng_state, q.device)
 
 
 def _run(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
-from fastgpt.ops.native import DTYPES, pass_tensor, pointer, refusals
+from fastgpt.ops.native import DTYPES, pass_dropout, pass_tensor, pointer, refusals
 
 # All that a call may ask for today; a new feature is unsupported until it is written here.
 FEATURES = (
@@ -71,8 +71,6 @@ class _Options:
             if bias.shape[3] > 1 and bias.stride(3) not in (0, 1):
                 bias = bias.contiguous()
             strides = _bias_strides(bias, q, k)
-        seed, offset = (0, 0) if tensors.rng_state is None else tensors.rng_state.tolist()
-        low = 0xFFFFFFFF
         self.alive = (*lengths, slopes, sink, bias)
         self.packed = (
             *map(pointer, lengths),
@@ -83,10 +81,7 @@ class _Options:
             pointer(bias),
             0 if bias is None else BIAS_TYPES[bias.dtype],
             strides,
-            min(round(spec.dropout_p * 2**32), low),
-            offset & low,
-            seed & (low << 32 | low),
-            1 / (1 - spec.dropout_p),
+            *pass_dropout(spec.dropout_p, tensors.rng_state),
         )
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt.ops import philox
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
 
 
@@ -43,26 +44,12 @@ def philox_keep(rng_state: Tensor, dropout_p: float, shape: tuple[int, ...], fir
     j & 3 of its four outputs is kept iff it is at least dropout_p · 2^32. The offset counts mod 2^32.
     """
     (batch, nheads, sq, sk), device = shape, rng_state.device
-    low = 0xFFFFFFFF
-    seed, offset = rng_state[0], rng_state[1]
-    key = [seed & low, (seed >> 32) & low]
     blocks = (sk + 3) // 4
     c0 = torch.arange(blocks, device=device).view(1, 1, blocks)
     c1 = torch.arange(sq, device=device).view(1, sq, 1)
     c2 = (torch.arange(batch * nheads, device=device) + first_batch * nheads).view(-1, 1, 1)
-    counter = list(torch.broadcast_tensors(c0, c1, c2, (offset & low).view(1, 1, 1)))
-    for _ in range(10):
-        # The product wraps in int64; its bits are the unsigned ones, and the mask drops the sign.
-        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = [
-            ((b >> 32) & low) ^ counter[1] ^ key[0],
-            b & low,
-            ((a >> 32) & low) ^ counter[3] ^ key[1],
-            a & low,
-        ]
-        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-    bits = torch.stack(counter, dim=-1).view(batch, nheads, sq, 4 * blocks)[..., :sk]
-    return bits >= min(round(dropout_p * 2**32), low)
+    kept = philox.keep(rng_state, dropout_p, c0, c1, c2)
+    return kept.view(batch, nheads, sq, 4 * blocks)[..., :sk]
 
 
 def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import FLOATING, needs_autograd, own_precision, shape_of
+from fastgpt.ops.checks import FLOATING, check_dropout, needs_autograd, own_precision, shape_of
 from fastgpt.ops.norm import library
 from fastgpt.ops.norm.spec import FEATURES, NormCall, NormSpec
 from fastgpt.ops.norm.torch import composite
@@ -61,9 +61,12 @@ def _run(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    spec: NormSpec,
+    rms: bool,
+    eps: float,
     residual: Tensor | None,
     prenorm: bool,
+    dropout_p: float,
+    rng_state: Tensor | None,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check_rows("x", x)
@@ -75,19 +78,22 @@ def _run(
         _check_parameter("bias", bias, x)
         if weight is not None and bias.dtype != weight.dtype:
             raise TypeError(f"bias: got dtype {bias.dtype}, expected {weight.dtype} like weight")
-    _check_eps(spec.eps)
+    _check_eps(eps)
     if not isinstance(prenorm, bool):
         raise TypeError(f"prenorm: got {prenorm!r}, expected True or False")
+    rng_state = check_dropout(dropout_p, rng_state, x.device)
+    spec = NormSpec(rms, eps, float(dropout_p))
 
     inputs = (x, residual, weight, bias)
     backward = needs_autograd(*inputs)
     parameter = weight if weight is not None else bias
     uses = (
-        spec.rms,
+        rms,
         weight is not None,
         bias is not None,
         parameter is not None and parameter.dtype != x.dtype,
         residual is not None,
+        rng_state is not None,
         backward,
     )
     features = tuple(name for name, used in zip(FEATURES, uses, strict=True) if used)
@@ -99,9 +105,9 @@ def _run(
         return (out, residual_out) if prenorm else out
     if name == "reference":
         dispatch.warn_if_slow(asked, "norm", x.numel(), stacklevel=4)
-    out, residual_out, _, _ = library.run(backward, *inputs, prenorm or backward, *spec, name)
+    out, residual_out, _, _ = library.run(backward, *inputs, rng_state, prenorm or backward, *spec, name)
     if prenorm:
-        return out, x if residual is None else residual_out
+        return out, x if residual is None and rng_state is None else residual_out
     return out
 
 
@@ -113,14 +119,17 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
     prenorm: bool = False,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer norm over the last axis, with an optional residual addition before it (Ba et al. 2016).
+    """Layer norm over the last axis, with optional dropout and residual addition before it (Ba et al. 2016).
 
-    ``z = x + residual``, ``out = (z − mean(z)) / sqrt(var(z) + eps) · weight + bias``, var being that of
-    the population. Statistics and the gradients of weight and bias accumulate in float32 (float64 for
-    float64 tensors). ``z`` is rounded to x's dtype, and everything after it is computed from the rounded
-    sum, as in ``layer_norm(x + residual)``: forward and backward see the same rows.
+    ``z = dropout(x) + residual``, ``out = (z − mean(z)) / sqrt(var(z) + eps) · weight + bias``, var being
+    that of the population and ``dropout(x) = x · keep / (1 − dropout_p)``. Statistics and the gradients of
+    weight and bias accumulate in float32 (float64 for float64 tensors). ``z`` is rounded to x's dtype, and
+    everything after it is computed from the rounded sum, as in ``layer_norm(x + residual)``: forward and
+    backward see the same rows.
 
     Args:
         x: (..., hidden); float32, bfloat16, float16, or float64 on ``reference`` and ``torch``. Any strides
@@ -128,8 +137,12 @@ def layer_norm(
         weight: (hidden), in x's dtype or float32; None = 1.
         bias: (hidden), in weight's dtype; None = 0.
         eps: added to the variance.
-        residual: of x's shape and dtype, added to x before the norm.
-        prenorm: also return the sum x + residual (x itself without a residual), the next block's residual.
+        residual: of x's shape and dtype, added to x, after its dropout, before the norm.
+        prenorm: also return the sum z (x itself without a residual and dropout), the next block's residual.
+        dropout_p: probability of dropping an element of x. The residual is not dropped.
+        rng_state: (2), int64: Philox seed and offset of the dropout; drawn from torch's generator if None.
+            Which elements are kept is a function of it, row and column alone (:class:`NormSpec`), so what
+            is given twice drops twice the same.
         backend: ``auto``, ``cpu``, ``torch``, ``reference``, ``triton`` or ``cuda``; default
             ``FASTGPT_BACKEND``, else ``auto``.
 
@@ -140,7 +153,7 @@ def layer_norm(
         ValueError, TypeError: an argument is not as above; the message names it.
         fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
     """
-    return _run(x, weight, bias, NormSpec(False, eps), residual, prenorm, backend)
+    return _run(x, weight, bias, False, eps, residual, prenorm, dropout_p, rng_state, backend)
 
 
 def rms_norm(
@@ -151,11 +164,13 @@ def rms_norm(
     *,
     residual: Tensor | None = None,
     prenorm: bool = False,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMS norm over the last axis, with an optional residual addition before it (Zhang & Sennrich 2019).
+    """RMS norm over the last axis, with optional dropout and residual addition before it.
 
-    ``z = x + residual``, ``out = z / sqrt(mean(z²) + eps) · weight + bias``. Everything else is as in
-    :func:`layer_norm`; ``eps`` is added to the mean square.
+    ``z = dropout(x) + residual``, ``out = z / sqrt(mean(z²) + eps) · weight + bias`` (Zhang & Sennrich 2019).
+    Everything else is as in :func:`layer_norm`; ``eps`` is added to the mean square.
     """
-    return _run(x, weight, bias, NormSpec(True, eps), residual, prenorm, backend)
+    return _run(x, weight, bias, True, eps, residual, prenorm, dropout_p, rng_state, backend)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.ops.native import DTYPES, refusals
+from fastgpt.ops.native import DTYPES, pass_dropout, pointer, refusals
 from fastgpt.ops.norm.spec import NormCall, NormSpec
 
-FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "backward")
+FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "dropout", "backward")
 
 
 def unsupported(call: NormCall) -> list[str]:
@@ -27,8 +27,8 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
     return t, t.stride(0)
 
 
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _dropout(rng_state: Tensor | None, spec: NormSpec) -> tuple[int, int, int, float] | None:
+    return None if rng_state is None else pass_dropout(spec.dropout_p, rng_state)
 
 
 def forward(
@@ -36,6 +36,7 @@ def forward(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    rng_state: Tensor | None,
     store: bool,
     spec: NormSpec,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -57,16 +58,17 @@ def forward(
         hidden,
         x.data_ptr(),
         x_stride,
-        _pointer(residual),
+        pointer(residual),
         residual_stride,
-        _pointer(weight),
-        _pointer(bias),
+        pointer(weight),
+        pointer(bias),
         spec.eps,
         out.data_ptr(),
-        _pointer(residual_out),
-        _pointer(mean),
+        pointer(residual_out),
+        pointer(mean),
         rstd.data_ptr(),
         torch.get_num_threads(),
+        _dropout(rng_state, spec),
     )
     return out, residual_out, mean, rstd
 
@@ -79,11 +81,14 @@ def backward(
     bias: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
+    rng_state: Tensor | None,
+    residual_gradient: bool,
     spec: NormSpec,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     from fastgpt import _cpu
 
     dx = torch.empty_like(z, memory_format=torch.contiguous_format)
+    dresidual = torch.empty_like(dx) if rng_state is not None and residual_gradient else None
     dweight = None if weight is None else torch.empty_like(weight)
     dbias = None if bias is None else torch.empty_like(bias)
     parameter = weight if weight is not None else bias
@@ -99,14 +104,16 @@ def backward(
         dout_stride,
         z.data_ptr(),
         z_stride,
-        _pointer(weight),
-        _pointer(dresidual_out),
+        pointer(weight),
+        pointer(dresidual_out),
         dresidual_stride,
-        _pointer(mean),
+        pointer(mean),
         rstd.data_ptr(),
         dx.data_ptr(),
-        _pointer(dweight),
-        _pointer(dbias),
+        pointer(dresidual),
+        pointer(dweight),
+        pointer(dbias),
         torch.get_num_threads(),
+        _dropout(rng_state, spec),
     )
-    return dx, dweight, dbias
+    return dx, dresidual, dweight, dbias

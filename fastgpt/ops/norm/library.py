@@ -1,9 +1,10 @@
 """The ``torch.library`` operators of the norms: schemas, fakes and the derivative.
 
 ``fastgpt::norm_fwd`` and ``fastgpt::norm_bwd`` have fixed arity, tensors first; the backend has been
-chosen by then. An output that a call does not have is empty: ``residual_out`` without a residual or
-``store_sum``, ``mean`` of RMS norm. The backward takes ``z``, the sum x + residual (x itself without a
-residual), and the row statistics from outside.
+chosen by then. An output that a call does not have is empty: ``residual_out`` without ``store_sum`` or
+where the sum is x itself (neither residual nor dropout), ``mean`` of RMS norm, ``dresidual`` without
+dropout (it is ``dx``) or ``residual_gradient``. The backward takes ``z``, the sum dropout(x) + residual, and
+the row statistics from outside. There is an ``rng_state`` iff ``dropout_p`` is not 0.
 """
 
 from __future__ import annotations
@@ -19,15 +20,22 @@ from fastgpt.ops.norm.spec import NormSpec
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
 library.define(
-    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool store_sum, "
-    "bool rms, float eps, str backend) -> (Tensor out, Tensor residual_out, Tensor mean, Tensor rstd)",
+    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng_state, bool store_sum, "
+    "bool rms, float eps, float dropout_p, str backend) "
+    "-> (Tensor out, Tensor residual_out, Tensor mean, Tensor rstd)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
     "norm_bwd(Tensor dout, Tensor? dresidual_out, Tensor z, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor rstd, bool rms, float eps, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "Tensor rstd, Tensor? rng_state, bool residual_gradient, bool rms, float eps, float dropout_p, "
+    "str backend) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def _has_sum(residual: Tensor | None, rng_state: Tensor | None) -> bool:
+    """Whether what is normalised is anything but x."""
+    return residual is not None or rng_state is not None
 
 
 def _forward(
@@ -35,14 +43,22 @@ def _forward(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    rng_state: Tensor | None,
     store_sum: bool,
     rms: bool,
     eps: float,
+    dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with own_precision(x):
         out, residual_out, mean, rstd = dispatch.implementation("norm", backend).forward(
-            x, residual, weight, bias, store_sum and residual is not None, NormSpec(rms, eps)
+            x,
+            residual,
+            weight,
+            bias,
+            rng_state,
+            store_sum and _has_sum(residual, rng_state),
+            NormSpec(rms, eps, dropout_p),
         )
     residual_out = x.new_empty(0) if residual_out is None else residual_out.contiguous()
     mean = rstd.new_empty(0) if mean is None else mean.contiguous()
@@ -54,13 +70,15 @@ def _forward_fake(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    rng_state: Tensor | None,
     store_sum: bool,
     rms: bool,
     eps: float,
+    dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    residual_out = x.new_empty(x.shape if store_sum and residual is not None else (0,))
+    residual_out = x.new_empty(x.shape if store_sum and _has_sum(residual, rng_state) else (0,))
     rows = x.numel() // x.shape[-1]
     mean = x.new_empty(0 if rms else rows, dtype=acc)
     return x.new_empty(x.shape), residual_out, mean, x.new_empty(rows, dtype=acc)
@@ -79,10 +97,13 @@ def _backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    rng_state: Tensor | None,
+    residual_gradient: bool,
     rms: bool,
     eps: float,
+    dropout_p: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = dispatch.implementation("norm", backend).backward(
         _unit_rows(dout),
         None if dresidual_out is None else _unit_rows(dresidual_out),
@@ -91,7 +112,9 @@ def _backward(
         bias,
         None if rms else mean,
         rstd,
-        NormSpec(rms, eps),
+        rng_state,
+        residual_gradient,
+        NormSpec(rms, eps, dropout_p),
     )
     return tuple(z.new_empty(0) if grad is None else grad.contiguous() for grad in grads)  # type: ignore[return-value]
 
@@ -104,12 +127,16 @@ def _backward_fake(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    rng_state: Tensor | None,
+    residual_gradient: bool,
     rms: bool,
     eps: float,
+    dropout_p: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dweight, dbias = (z.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias))
-    return z.new_empty(z.shape), dweight, dbias
+    apart = rng_state is not None and residual_gradient
+    return z.new_empty(z.shape), z.new_empty(z.shape if apart else (0,)), dweight, dbias
 
 
 class NormBackward(torch.autograd.Function):
@@ -146,13 +173,13 @@ class Norm(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> None:
-        x, residual, weight, bias, store_sum, rms, eps, backend = inputs
+        x, residual, weight, bias, rng_state, store_sum, *ctx.scalars = inputs
         _, residual_out, mean, rstd = output
-        if residual is not None and not store_sum:
+        has_sum = _has_sum(residual, rng_state)
+        if has_sum and not store_sum:
             raise ValueError("store_sum: got False, expected True where a gradient is asked for")
-        ctx.save_for_backward(x if residual is None else residual_out, weight, bias, mean, rstd)
-        ctx.scalars = rms, eps, backend
-        ctx.mark_non_differentiable(mean, rstd, *([residual_out] if residual is None else []))
+        ctx.save_for_backward(residual_out if has_sum else x, weight, bias, mean, rstd, rng_state)
+        ctx.mark_non_differentiable(mean, rstd, *([] if has_sum else [residual_out]))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -162,8 +189,11 @@ class Norm(torch.autograd.Function):
         z, *saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(z)
-        dx, dweight, dbias = _differentiable_backward(dout, dresidual_out, z, *saved, *ctx.scalars)
-        grads = (dx, dx, dweight, dbias)
+        dx, dresidual, dweight, dbias = _differentiable_backward(
+            dout, dresidual_out, z, *saved, ctx.needs_input_grad[1], *ctx.scalars
+        )
+        dropout = saved[-1] is not None
+        grads = (dx, dresidual if dropout else dx, dweight, dbias)
         needs = ctx.needs_input_grad[: len(grads)]
         return (
             *(grad if need else None for grad, need in zip(grads, needs, strict=True)),

@@ -5,9 +5,12 @@ Computes in fp64 for fp64 tensors and in fp32 otherwise; ``mean`` and ``rstd`` a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from fastgpt.ops import philox
 from fastgpt.ops.norm.spec import NormCall, NormSpec
 
 
@@ -19,18 +22,36 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def philox_keep(rng_state: Tensor, dropout_p: float, shape: tuple[int, ...]) -> Tensor:
+    """Of ``shape`` (..., hidden), bool: which elements dropout keeps; the counters are in ``spec.py``."""
+    *lead, hidden = shape
+    rows = torch.arange(math.prod(lead), device=rng_state.device)[:, None]
+    blocks = torch.arange((hidden + 3) // 4, device=rng_state.device)
+    kept = philox.keep(rng_state, dropout_p, blocks, rows & philox.LOW, rows >> 32)
+    return kept.flatten(1)[:, :hidden].reshape(shape)
+
+
+def _dropped(x: Tensor, rng_state: Tensor | None, spec: NormSpec) -> Tensor:
+    """x · keep / (1 − dropout_p)."""
+    if rng_state is None:
+        return x
+    return x * (philox_keep(rng_state, spec.dropout_p, x.shape).to(x.dtype) / (1 - spec.dropout_p))
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    rng_state: Tensor | None,
     store: bool,
     spec: NormSpec,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """out and the sum x + residual (None unless ``store``), in x's dtype; mean (None for RMS norm) and
-    rstd, (rows): x's leading axes as one."""
+    """out and the sum dropout(x) + residual (None unless ``store``), in x's dtype; mean (None for RMS norm)
+    and rstd, (rows): x's leading axes as one."""
     acc = accumulator(x.dtype)
-    total = x if residual is None else x + residual
+    total = _dropped(x.to(acc), rng_state, spec)
+    total = (total if residual is None else total + residual.to(acc)).to(x.dtype)
     z = total.to(acc)
     mean = None if spec.rms else z.mean(-1, keepdim=True)
     centred = z if mean is None else z - mean
@@ -52,9 +73,12 @@ def backward(
     bias: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
+    rng_state: Tensor | None,
+    residual_gradient: bool,
     spec: NormSpec,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x (and residual: the same), weight and bias (None where there is none)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, residual (with dropout and if asked for: without, it is x's), weight and bias (None
+    where there is none)."""
     acc = accumulator(z.dtype)
     dout, rstd = dout.to(acc), rstd.view(*z.shape[:-1], 1)
     centred = z.to(acc) if mean is None else z.to(acc) - mean.view(*z.shape[:-1], 1)
@@ -64,11 +88,14 @@ def backward(
     dweight = None if weight is None else (dout * xhat).sum_to_size(weight.shape).to(weight.dtype)
     dbias = None if bias is None else dout.sum_to_size(bias.shape).to(bias.dtype)
     # xhat = centred · rstd with d rstd / d centred = −rstd² · xhat / hidden.
-    dx = g - xhat * (g * xhat).mean(-1, keepdim=True)
+    dz = g - xhat * (g * xhat).mean(-1, keepdim=True)
     # centred = z − mean, and xhat adds up to 0 over a row: the share of mean is that of g alone.
     if mean is not None:
-        dx = dx - g.mean(-1, keepdim=True)
-    dx = dx * rstd
+        dz = dz - g.mean(-1, keepdim=True)
+    dz = dz * rstd
     if dresidual_out is not None:
-        dx = dx + dresidual_out.to(acc)
-    return dx.to(z.dtype), dweight, dbias
+        dz = dz + dresidual_out.to(acc)
+    # z = dropout(x) + residual.
+    dx = _dropped(dz, rng_state, spec)
+    dresidual = dz.to(z.dtype) if rng_state is not None and residual_gradient else None
+    return dx.to(z.dtype), dresidual, dweight, dbias

@@ -16,9 +16,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def unsupported(call: NormCall) -> list[str]:
+    reasons = []
     if call.dtype not in DTYPES:
-        return [f"dtype {call.dtype} is not one of float32, bfloat16, float16, float64"]
-    return []
+        reasons.append(f"dtype {call.dtype} is not one of float32, bfloat16, float16, float64")
+    if "dropout" in call.features:
+        reasons.append("torch's dropout bits are not fastgpt's Philox bits")
+    return reasons
 
 
 def composite(
