@@ -135,7 +135,7 @@ class Paged:
         return self.caches[which][self.places(b, length, first)].double() * scale[:, None]
 
 
-def rotated(x, positions, angles, variant: DecodeVariant):
+def rotated(x, positions, turns, variant: DecodeVariant):
     """x (seqlen, heads, dim) with its pairs turned by complex multiplication."""
     half = variant.rotary_dim // 2
     if not half:
@@ -147,7 +147,7 @@ def rotated(x, positions, angles, variant: DecodeVariant):
         else (slice(0, half), slice(half, 2 * half))
     )
     z = torch.complex(turned[..., first], turned[..., second])
-    z = z * torch.polar(torch.ones_like(angles), angles)[positions][:, None]
+    z = z * turns[positions][:, None]
     turned[..., first], turned[..., second] = z.real, z.imag
     return turned.to(x.dtype)
 
@@ -168,6 +168,9 @@ def test_variant_parity(name, backend, dtype):
     slopes = None if variant.slopes is None else torch.rand(variant.slopes)
     sink = torch.randn(case.nheads) if variant.sink else None
     angles = 3 * torch.rand(case.capacity, variant.rotary_dim // 2, dtype=torch.float64)
+    tables = dtype if dtype != torch.float32 and variant.interleaved else torch.float32
+    cos, sin = angles.cos().to(tables), angles.sin().to(tables)
+    angles = torch.complex(cos.double(), sin.double())  # rounded as the tables are
     out, lse = fastgpt.attention_with_kvcache(
         q,
         *cache.caches,
@@ -177,8 +180,8 @@ def test_variant_parity(name, backend, dtype):
         softcap=variant.softcap,
         alibi_slopes=slopes,
         sink=sink,
-        rotary_cos=angles.cos().float() if variant.rotary_dim else None,
-        rotary_sin=angles.sin().float() if variant.rotary_dim else None,
+        rotary_cos=cos if variant.rotary_dim else None,
+        rotary_sin=sin if variant.rotary_dim else None,
         rotary_interleaved=variant.interleaved,
         cache_batch_idx=cache.index,
         cache_leftpad=None if variant.leftpad is None else torch.tensor(variant.leftpad).int(),
@@ -199,7 +202,7 @@ def test_variant_parity(name, backend, dtype):
             places = cache.places(b, length + new, length)
             wanted = fresh[b]
             if which == 0:
-                wanted = rotated(wanted, length + torch.arange(new), angles, variant)
+                wanted = rotated(wanted, cache.pads[b] + length + torch.arange(new), angles, variant)
             got = cache.keys(which, b, length + new, length)
             if variant.cache_dtype is None:
                 tolerance = {"rtol": 0, "atol": 0} if not variant.rotary_dim or which else {}
@@ -222,7 +225,7 @@ def test_variant_parity(name, backend, dtype):
         outs, lses = [], []
         for b, length in enumerate(case.lengths):
             keys, values = (cache.keys(which, b, length + new).to(precision) for which in (0, 1))
-            turned = rotated(q[b], length + steps, angles, variant).to(precision)
+            turned = rotated(q[b], cache.pads[b] + length + steps, angles, variant).to(precision)
             out, lse = plain_attention(
                 turned[None],
                 keys[None],
@@ -433,7 +436,7 @@ BAD_INPUT = {
     "block": (
         {"block_table": int32(0, 1, 2, 0).view(2, 2)},
         ValueError,
-        r"block_table: got \[2\] for sequence 1, expected 0 to 1",
+        "block_table: got blocks 2 to 2 for sequence 1, expected 0 to 1",
     ),
     "block written twice": (
         {"block_table": int32(0, 1, 0, 1).view(2, 2)},
@@ -491,6 +494,35 @@ BAD_INPUT = {
         ValueError,
         "rotary_cos: got 9 positions, expected at least 10",
     ),
+    "lengths beyond int32 in pages": (
+        {
+            "k_cache": torch.zeros(2, 1 << 16, 2, 8),
+            "v_cache": torch.zeros(2, 1 << 16, 2, 8),
+            "block_table": torch.zeros(2, (1 << 15) + 1, dtype=torch.int32),
+            "cache_seqlens": int32(2**31 - 1, 0),
+        },
+        ValueError,
+        "cache_seqlens: got .2147483647, 0., expected 0 to 2147483646",
+    ),
+    "empty pages": (
+        {
+            "k_cache": torch.zeros(3, 0, 2, 8),
+            "v_cache": torch.zeros(3, 0, 2, 8),
+            "block_table": int32(0, 0).view(2, 1),
+        },
+        ValueError,
+        "k_cache: got page_size 0",
+    ),
+    "one cache for both": (
+        (lambda cache: {"k_cache": cache, "v_cache": cache})(torch.zeros(2, 20, 2, 8)),
+        ValueError,
+        "v_cache: got the memory of k_cache",
+    ),
+    "a table's gradient": (
+        {"rotary_cos": torch.rand(30, 4, requires_grad=True), "rotary_sin": torch.rand(30, 4)},
+        RuntimeError,
+        "no backward",
+    ),
     "rotary's style": ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved: got 1"),
 }
 
@@ -545,3 +577,61 @@ def test_autograd_sees_that_the_cache_has_changed(backend):
         fastgpt.attention_with_kvcache(
             *(t.clone() for t in (q, k_cache, v_cache, k, v)), cache_seqlens=lengths, backend=backend
         )
+
+
+def test_every_stored_fp8_value_is_read_as_torch_reads_it():
+    codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).view(1, 1, 1, -1)
+    q, k = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1).to(torch.float8_e4m3fn)
+    one = torch.ones(1)
+
+    def read():
+        return fastgpt.attention_with_kvcache(
+            q, k, values, cache_seqlens=1, k_descale=one, v_descale=one, backend="cpu"
+        )
+
+    assert torch.equal(read(), values.float())
+    if torch.set_flush_denormal(True):
+        try:
+            flushed = read()
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(flushed, values.float())
+
+
+def test_an_append_bumps_the_version_of_either_cache():
+    q = torch.randn(1, 1, 2, 8)
+    with torch.inference_mode():
+        inference = torch.zeros(1, 4, 2, 8)
+    usual = torch.zeros(1, 4, 2, 8)
+    before = usual._version
+    with torch.no_grad():
+        fastgpt.attention_with_kvcache(q, inference, usual, q, q, cache_seqlens=0)
+    assert usual._version == before + 1
+
+
+@pytest.mark.parametrize("sq", [1, 5, 30])
+def test_same_bits_of_every_option_at_any_thread_count(sq):
+    q, k, v = torch.randn(3, sq, 8, 64), torch.randn(3, sq, 2, 64), torch.randn(3, sq, 2, 64)
+    caches = [torch.randint(-100, 100, (64, 16, 2, 64), dtype=torch.int8) for _ in range(2)]
+    arguments = {
+        "cache_seqlens": int32(200, 0, 77),
+        "block_table": torch.randperm(64)[:60].view(3, 20).int(),
+        "k_descale": torch.rand(2) / 50,
+        "v_descale": torch.rand(2) / 50,
+        "rotary_cos": torch.rand(320, 32),
+        "rotary_sin": torch.rand(320, 32),
+        "sink": torch.randn(8),
+        "softcap": 5.0,
+        "backend": "cpu",
+    }
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            own = [c.clone() for c in caches]
+            results.append([fastgpt.attention_with_kvcache(q, *own, k, v, **arguments), *own])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -266,6 +266,12 @@ def test_linear(shape, out_features, bias):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_linear_under_autocast_has_one_dtype():
+    linear = Linear(16, 16, bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(1, 16)).dtype == linear(torch.randn(8, 16)).dtype == torch.bfloat16
+
+
 def test_a_new_model_starts_at_the_entropy_of_a_uniform_guess_and_learns(ids):
     torch.manual_seed(0)
     config = GPTConfig.llama(

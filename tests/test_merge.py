@@ -271,7 +271,7 @@ BAD = {
     "out_a: got shape (5, 3), expected (batch, seqlen, nheads, headdim_v) or (total, nheads, headdim_v)": {
         "out_a": torch.zeros(5, 3)
     },
-    "out_a: got dtype torch.int64, expected float32": {"out_a": OUT.long()},
+    "out_a: got dtype torch.int64, expected one of float32": {"out_a": OUT.long()},
     "out_a: got strides (120, 24, 1, 3), expected the last one to be 1": {
         "out_a": torch.zeros(2, 5, 8, 3).transpose(2, 3)
     },

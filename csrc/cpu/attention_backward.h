@@ -3,7 +3,7 @@
 // multiplies p by and out = (Z p) v (attention_forward.h):
 //   dv = (Z p)^T dout                  dp = Z (dout v^T)
 //   ds = p (dp - delta)                delta_i = sum_d dout_id out_id - dlse_i
-//   dx = ds (ds / dx)                  dbias = ds
+//   dx = ds softcap'(x)                dbias = ds
 //   dq = scale dx k                    dk = scale dx^T q
 //   dsink = -sum_i exp(sink - lse_i) delta_i
 //

@@ -15,9 +15,10 @@
 //
 // A row that sees no key: out = 0, lse = -inf. Error bound: tests/test_decode.py::test_parity.
 
-constexpr int64_t kSplitKeys = 256;   // of a part
-constexpr int64_t kUnitBytes = 4096;  // of one key's row in a unit: a page, so that pages are read whole
-constexpr int64_t kDecodeBlock = 64;  // keys whose scores are held at a time
+constexpr int64_t kSplitKeys = 256;    // of a part
+constexpr int64_t kMinSplitKeys = 16;  // of a part with num_splits: bounds the memory of the states
+constexpr int64_t kUnitBytes = 4096;   // of one key's row in a unit: a page, so that pages are read whole
+constexpr int64_t kDecodeBlock = 64;   // keys whose scores are held at a time
 constexpr int64_t kSharedBytes =
     65536;                           // of K in a block where a unit has several heads: half a second cache
 constexpr int64_t kDecodeRows = 16;  // more rows than this are attention_forward.h's work
@@ -181,8 +182,8 @@ struct Decode {
       heads > 1 ? max(kLanes, min(kDecodeBlock, kSharedBytes / (heads * head_bytes) / kLanes * kLanes))
                 : kDecodeBlock;
   // Of any sequence: a shorter one may be cut into more parts than the longest is.
-  int64_t parts_max =
-      p.num_splits ? min(p.num_splits, p.seqlen_k) : (p.seqlen_k + kSplitKeys - 1) / kSplitKeys;
+  int64_t parts_max = p.num_splits ? min(p.num_splits, (p.seqlen_k + kMinSplitKeys - 1) / kMinSplitKeys)
+                                   : (p.seqlen_k + kSplitKeys - 1) / kSplitKeys;
   // The state of one part of one head: acc (rows, width_v), m (rows), l (rows).
   int64_t state_size = rows * width_v + 2 * round_up(rows, kLanes);
   int64_t thread_size = round_up(heads * rows * width + rows * kDecodeBlock, 16);
@@ -277,10 +278,15 @@ struct Decode {
   void rotate_query(int64_t b, int64_t i) {
     // Without a mask by position, all queries are at that of the first new token.
     bool positioned = p.window_left >= 0 || p.window_right >= 0;
-    int64_t position = p.keys(b) - p.seqlen_new + (positioned ? i : 0);
+    int64_t position = row_of(b, positioned ? i : 0);
     Rows<const T> in = rows_of<const T>(p.q_source, b, 0, i);
     Rows<T> out = rows_of<T>(p.q, b, 0, i);
     rotate(in[0], p.q_source.head_stride, out[0], p.q.head_stride, p.nheads, position);
+  }
+
+  // The row of the cache, padding included, where new token t of sequence b is: its rotary position.
+  int64_t row_of(int64_t b, int64_t t) const {
+    return p.keys(b) - p.seqlen_new + t + (p.leftpad_k ? p.leftpad_k[b] : 0);
   }
 
   void append(int64_t b, int64_t token) {
@@ -289,7 +295,7 @@ struct Decode {
       const T* k = rows_of<const T>(p.k_new, b, h, token)[0];
       T rotated[256];
       if (p.rotary_dim) {
-        rotate(k, 0, rotated, 0, 1, position);
+        rotate(k, 0, rotated, 0, 1, row_of(b, token));
         k = rotated;
       }
       put(cache_rows<KV>(p, p.k, b, h)[position], k, p.headdim, descale(p, p.k_descale, b, h));
@@ -313,7 +319,7 @@ struct Decode {
   // --- attention ---
 
   int64_t part_keys(int64_t b) const {
-    return p.num_splits ? max(1, (p.keys(b) + p.num_splits - 1) / p.num_splits) : kSplitKeys;
+    return p.num_splits ? max(kMinSplitKeys, (p.keys(b) + p.num_splits - 1) / p.num_splits) : kSplitKeys;
   }
   int64_t parts(int64_t b) const { return (p.keys(b) + part_keys(b) - 1) / part_keys(b); }
 

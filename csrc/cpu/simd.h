@@ -88,12 +88,13 @@ FASTGPT_INLINE void store(f16* p, vf x) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 }
 #else
-// No conversion instruction: the exponent is moved by a multiplication, which also makes
-// subnormals exact.
+// No conversion instruction: the exponent is moved by a multiplication. Not of subnormals: the processor may
+// take them for 0.
 FASTGPT_INLINE vf load(const f16* p) {
   vu h = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu);
   vu sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-  vf scaled = (vf)(magnitude << 13) * 0x1p112f;
+  vf small = __builtin_convertvector((vi)magnitude, vf) * 0x1p-24f;
+  vf scaled = (vi)magnitude < 0x400 ? small : (vf)(magnitude << 13) * 0x1p112f;
   vu special = (magnitude << 13) | 0x7f800000u;
   return (vf)(((vi)magnitude >= 0x7c00 ? special : (vu)scaled) | sign);
 }
@@ -128,7 +129,9 @@ FASTGPT_INLINE vf load(const e4m3* p) {
   vu bits = __builtin_convertvector(*reinterpret_cast<const vub_unaligned*>(p), vu);
 #endif
   vu magnitude = bits & 0x7fu;
-  vf x = (vf)(magnitude << 20) * 0x1p120f;  // moves the exponent, and makes subnormals exact
+  // The exponent is moved by a multiplication. Not of subnormals: the processor may take them for 0.
+  vf small = __builtin_convertvector((vi)magnitude, vf) * 0x1p-9f;
+  vf x = (vi)magnitude < 8 ? small : (vf)(magnitude << 20) * 0x1p120f;
   vu result = (vu)x | ((bits & 0x80u) << 24);
   return (vf)(magnitude == 0x7fu ? result | 0x7fc00000u : result);
 }

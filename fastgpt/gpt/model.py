@@ -37,7 +37,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         rows = x.numel() // self.in_features
-        if rows > PARTS_ROWS or not x.is_cpu or x.dtype != torch.float32:
+        plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if rows > PARTS_ROWS or not plain:
             return F.linear(x, self.weight, self.bias)
         columns = x.reshape(-1, self.in_features).t()
         weight, rest = self.weight, self.out_features % PARTS

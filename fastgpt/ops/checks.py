@@ -41,9 +41,9 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether a call has to be seen as an operator by something around it: torch.compile, a mode, functorch,
-    the profiler, jit.trace, a tensor subclass. Where nothing does, going past the dispatcher saves as much
-    time as a small kernel takes.
+    """Whether something around a call has to see it as an operator: torch.compile, a mode, functorch, the
+    profiler, jit.trace, a tensor subclass, a lazy negation. Where nothing has, going past the dispatcher saves
+    as much time as a small kernel takes.
     """
     return (
         torch.compiler.is_compiling()
@@ -52,8 +52,28 @@ def watched(*tensors: Tensor | None) -> bool:
         or _C._functorch.peek_interpreter_stack() is not None
         or _C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or not all(t is None or type(t) in PLAIN_TENSORS for t in tensors)
+        or any(t is not None and (type(t) not in PLAIN_TENSORS or t.is_neg()) for t in tensors)
     )
+
+
+def check_per_head(name: str, t: Tensor | None, batch: int, heads: int, batched: bool, q: Tensor) -> None:
+    """None, or floats (heads), or with ``batched`` (batch, heads)."""
+    check_optional(name, t, f"({heads},)")
+    if t is None:
+        return
+    shapes = ((heads,), (batch, heads)) if batched else ((heads,),)
+    if tuple(t.shape) not in shapes:
+        raise ValueError(f"{name}: got shape {shape_of(t)}, expected {' or '.join(map(str, shapes))}")
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"{name}: got dtype {t.dtype}, expected float32")
+    if t.device != q.device:
+        raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
+
+
+def check_softcap(softcap: float) -> None:
+    """0, or of a size that fp32 arithmetic can divide by and multiply with."""
+    if check_number("softcap", softcap, 0, math.inf) != 0 and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"softcap: got {softcap}, expected 0 (off) or 1e-30 to 1e30")
 
 
 def check_optional(name: str, value: object, axes: str) -> None:

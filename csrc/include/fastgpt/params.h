@@ -86,7 +86,7 @@ struct AttentionBackwardParams : AttentionParams {
   Tensor dout, dq, dk, dv;
   const float* dlse;        // like lse, or null
   float* dsink = nullptr;   // (batch, nheads), or null
-  BiasTensor<float> dbias;  // zero-filled, or null
+  BiasTensor<float> dbias;  // fp32, zero-filled, or null
 };
 
 enum class CacheType : int { same = 0, int8 = 1, e4m3 = 2 };  // same: as q; else times a scale per head

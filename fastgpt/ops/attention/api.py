@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -39,29 +37,12 @@ def _check_options(
                 f"{name}: got {t.dtype} {checks.shape_of(t)} on {t.device}, "
                 f"expected torch.int32 ({batch},) on {q.device}"
             )
-    checks.check_number("softcap", softcap, 0, math.inf)
-    for name, t, axes in (
-        ("alibi_slopes", alibi_slopes, "(nheads) or (batch, nheads)"),
-        ("sink", sink, "(nheads)"),
-        ("attn_bias", attn_bias, "(batch, nheads, seqlen_q, seqlen_k)"),
-    ):
-        checks.check_optional(name, t, axes)
+    checks.check_softcap(softcap)
+    checks.check_per_head("alibi_slopes", alibi_slopes, batch, nheads, True, q)
+    checks.check_per_head("sink", sink, batch, nheads, False, q)
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes: got requires_grad=True, expected False: they have no gradient")
-    for name, t, shapes in (
-        ("alibi_slopes", alibi_slopes, ((nheads,), (batch, nheads))),
-        ("sink", sink, ((nheads,),)),
-    ):
-        if t is None:
-            continue
-        if tuple(t.shape) not in shapes:
-            raise ValueError(
-                f"{name}: got shape {checks.shape_of(t)}, expected {' or '.join(map(str, shapes))}"
-            )
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"{name}: got dtype {t.dtype}, expected float32")
-        if t.device != q.device:
-            raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
+    checks.check_optional("attn_bias", attn_bias, "(batch, nheads, seqlen_q, seqlen_k)")
     if attn_bias is not None:
         if bias_shape is None:
             raise ValueError("attn_bias: got a tensor, expected None with packed sequences")

@@ -128,8 +128,8 @@ def backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
     sizes, options = _sizes(q, k, v, tensors), _Options(q, k, spec, tensors)
     sink, bias = tensors.sink, tensors.attn_bias
-    dsink = None if sink is None else torch.empty(sizes[0], sink.shape[0])
-    dbias = torch.zeros(bias.shape) if bias is not None and bias_gradient else None
+    dsink = None if sink is None else torch.empty(sizes[0], sink.shape[0], dtype=torch.float32)
+    dbias = torch.zeros(bias.shape, dtype=torch.float32) if bias is not None and bias_gradient else None
     _cpu.attention_backward(
         DTYPES[q.dtype],
         sizes,

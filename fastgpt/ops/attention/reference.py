@@ -145,7 +145,9 @@ def _backward_dense(
     dsink = dbias = None
     if tensors.sink is not None:
         # The sink is a column with value 0: its dP is 0.
-        p_sink = torch.exp(tensors.sink.to(acc)[None, :, None] - lse)
+        p_sink = torch.exp(
+            tensors.sink.to(acc)[None, :, None] - lse.masked_fill(lse == -torch.inf, torch.inf)
+        )
         dsink = -(p_sink * delta).sum((0, 2)).to(tensors.sink.dtype)
     if tensors.attn_bias is not None and bias_gradient:
         dbias = ds.sum_to_size(tensors.attn_bias.shape).to(tensors.attn_bias.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -69,32 +67,21 @@ def _check_rotary(tensors: DecodeTensors, q: Tensor) -> None:
             raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
 
 
-def _check_per_head(name: str, t: Tensor | None, batch: int, heads: int, batched: bool, q: Tensor) -> None:
-    checks.check_optional(name, t, f"({heads},)")
-    if t is None:
-        return
-    shapes = ((heads,), (batch, heads)) if batched else ((heads,),)
-    if tuple(t.shape) not in shapes:
-        raise ValueError(f"{name}: got shape {checks.shape_of(t)}, expected {' or '.join(map(str, shapes))}")
-    if not t.dtype.is_floating_point:
-        raise TypeError(f"{name}: got dtype {t.dtype}, expected float32")
-    if t.device != q.device:
-        raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
-
-
 def _check_options(q: Tensor, k_cache: Tensor, tensors: DecodeTensors) -> None:
     """Everything that a plain call does not have."""
     (batch, _, nheads, _), nheads_k = q.shape, k_cache.shape[2]
     _check_indices("cache_batch_idx", tensors.cache_batch_idx, q)
     _check_indices("cache_leftpad", tensors.cache_leftpad, q)
     _check_indices("block_table", tensors.block_table, q, "(batch, blocks)")
+    if tensors.block_table is not None and k_cache.shape[1] < 1:
+        raise ValueError("k_cache: got page_size 0, expected at least 1 with a block_table")
     if tensors.block_table is not None and tensors.cache_batch_idx is not None:
         raise ValueError("cache_batch_idx: got a tensor, expected None with a block_table")
-    _check_per_head("alibi_slopes", tensors.alibi_slopes, batch, nheads, True, q)
-    _check_per_head("sink", tensors.sink, batch, nheads, False, q)
+    checks.check_per_head("alibi_slopes", tensors.alibi_slopes, batch, nheads, True, q)
+    checks.check_per_head("sink", tensors.sink, batch, nheads, False, q)
     quantized = k_cache.dtype in checks.QUANTIZED
     for name, t in (("k_descale", tensors.k_descale), ("v_descale", tensors.v_descale)):
-        _check_per_head(name, t, batch, nheads_k, True, q)
+        checks.check_per_head(name, t, batch, nheads_k, True, q)
         if (t is None) == quantized:
             expected = "a tensor with" if quantized else "None without"
             raise ValueError(
@@ -168,8 +155,8 @@ def attention_with_kvcache(
         softcap, alibi_slopes, sink: as in :func:`fastgpt.attention`.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), float32 or q's dtype: q and the new keys are
             rotated by the row of their position (Su et al. 2021, arXiv:2104.09864), where the first
-            new key of sequence b has ``cache_seqlens[b] − cache_leftpad[b]``. Without causal or a window
-            all queries have that position. Elements from rotary_dim on stay as they are.
+            new key and query of sequence b have ``cache_seqlens[b]``, padding included. Without causal or a
+            window all queries have that position. Elements from rotary_dim on stay as they are.
         rotary_interleaved: pairs are neighbours, x[2i] and x[2i + 1] (GPT-J); else x[i] and
             x[i + rotary_dim / 2] (GPT-NeoX, Llama).
         cache_batch_idx: (batch), int32: the sequence of the caches that belongs to each of q.
@@ -208,7 +195,8 @@ def attention_with_kvcache(
     lengths = _lengths(cache_seqlens, q)
     left, right = checks.check_window(causal, window_size)
     scale = checks.check_scale(softmax_scale, q.shape[-1])
-    checks.check_number("softcap", softcap, 0, math.inf)
+    if softcap != 0:
+        checks.check_softcap(softcap)
     if isinstance(num_splits, bool) or not isinstance(num_splits, int):
         raise TypeError(f"num_splits: got {num_splits!r}, expected an integer")
     if not 0 <= num_splits <= MAX_SPLITS:
@@ -235,9 +223,7 @@ def attention_with_kvcache(
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if k is not None and k.shape[1] > capacity:
         raise ValueError(f"k: got {k.shape[1]} new keys, expected at most the capacity {capacity}")
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v, sink)
-    ):
+    if checks.needs_autograd(q, k_cache, v_cache, *tensors):
         raise RuntimeError("attention_with_kvcache has no backward: call it under torch.no_grad()")
     spec = DecodeSpec(scale, left, right, float(softcap), rotary_interleaved, num_splits)
     asked = dispatch.requested(backend)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import own_precision, watched
+from fastgpt.ops.checks import INT32_MAX, own_precision, watched
 from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -26,20 +26,22 @@ library.define(
 _SCALARS = 7  # the last arguments of the schema, from softmax_scale to backend
 
 
-def _check_lengths(q: Tensor, k_cache: Tensor, tensors: DecodeTensors) -> None:
+def _check_values(q: Tensor, k_cache: Tensor, v_cache: Tensor, tensors: DecodeTensors) -> None:
     """The values of lengths and indices. Here and not in api.py, where torch.compile would have to trace
     them. On a GPU they are not read: that would stall it."""
     if q.device.type != "cpu":
         return
     seqlen_new = 0 if tensors.k is None else tensors.k.shape[1]
     lengths, table = tensors.cache_seqlens.tolist(), tensors.block_table
-    capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
+    capacity = min(k_cache.shape[1] * (1 if table is None else table.shape[1]), INT32_MAX)
     if lengths and not 0 <= min(lengths) <= max(lengths) <= capacity - seqlen_new:
         new = f" less {seqlen_new} new keys" if seqlen_new else ""
         raise ValueError(
             f"cache_seqlens: got {lengths}, expected 0 to {capacity - seqlen_new} "
             f"(the cache's capacity {capacity}{new}); nothing was written"
         )
+    if seqlen_new and k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
+        raise ValueError("v_cache: got the memory of k_cache, expected its own, into which new values can go")
     if tensors.cache_leftpad is not None:
         pads = tensors.cache_leftpad.tolist()
         if any(not 0 <= pad <= length for pad, length in zip(pads, lengths, strict=True)):
@@ -62,14 +64,16 @@ def _check_lengths(q: Tensor, k_cache: Tensor, tensors: DecodeTensors) -> None:
 
 def _check_table(table: Tensor, lengths: list[int], seqlen_new: int, k_cache: Tensor) -> None:
     blocks, page_size = k_cache.shape[:2]
+    ends = [-(-(length + seqlen_new) // page_size) for length in lengths]  # of the blocks that are used
     written: list[int] = []
-    for b, (row, length) in enumerate(zip(table.tolist(), lengths, strict=True)):
-        used = row[: -(-(length + seqlen_new) // page_size)]
-        if any(not 0 <= block < blocks for block in used):
+    for b, row in enumerate(table[:, : max(ends, default=0)].tolist()):
+        used = row[: ends[b]]
+        if used and not 0 <= min(used) <= max(used) < blocks:
             raise ValueError(
-                f"block_table: got {used} for sequence {b}, expected 0 to {blocks - 1}; nothing was written"
+                f"block_table: got blocks {min(used)} to {max(used)} for sequence {b}, "
+                f"expected 0 to {blocks - 1}; nothing was written"
             )
-        written += used[length // page_size :] if seqlen_new else []
+        written += used[lengths[b] // page_size :] if seqlen_new else []
     if len(set(written)) < len(written):
         raise ValueError(
             "block_table: got a block into which the new keys of two places go, expected each of them once; "
@@ -84,7 +88,7 @@ def _unpack(args: tuple[Any, ...]) -> tuple[DecodeSpec, DecodeTensors, str]:
 
 def _forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     spec, tensors, backend = _unpack(args)
-    _check_lengths(q, k_cache, tensors)
+    _check_values(q, k_cache, v_cache, tensors)
     implementation = dispatch.implementation("decode", backend)
     with own_precision(q):
         out, lse = implementation.forward(q, k_cache, v_cache, spec, tensors)
@@ -102,7 +106,7 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tens
 def _note_append(k_cache: Tensor, v_cache: Tensor, k: Tensor | None) -> None:
     """Autograd has to see that a cache it may have saved has changed."""
     if k is not None:
-        torch.autograd.graph.increment_version((k_cache, v_cache))
+        torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
 
 
 def _forward_inplace(*args: Any) -> tuple[Tensor, Tensor]:
@@ -116,8 +120,7 @@ def run(*args: Any) -> tuple[Tensor, Tensor]:
     if watched(*args[:-_SCALARS]):
         return torch.ops.fastgpt.attention_kvcache.default(*args)
     result = _forward(*args)
-    if not args[1].is_inference():
-        _note_append(*args[1:4])
+    _note_append(*args[1:4])
     return result
 
 

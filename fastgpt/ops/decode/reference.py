@@ -69,9 +69,10 @@ def forward(
         k, v, seqlen_new = tensors.k, tensors.v, tensors.k.shape[1]
         if tensors.rotary_cos is not None and tensors.rotary_sin is not None:
             tables = tensors.rotary_cos, tensors.rotary_sin, spec.rotary_interleaved
-            k = rotate(k, lengths[:, None] + torch.arange(seqlen_new, device=device), *tables)
+            first = tensors.cache_seqlens.long()[:, None]
+            k = rotate(k, first + torch.arange(seqlen_new, device=device), *tables)
             step = 1 if spec.window_left >= 0 or spec.window_right >= 0 else 0
-            q = rotate(q, lengths[:, None] + step * torch.arange(sq, device=device), *tables)
+            q = rotate(q, first + step * torch.arange(sq, device=device), *tables)
         _append(k_cache, k, tensors.k_descale, tensors)
         _append(v_cache, v, tensors.v_descale, tensors)
         lengths = lengths + seqlen_new

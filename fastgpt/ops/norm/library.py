@@ -218,7 +218,7 @@ def run(backward: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ops.fastgpt.norm_fwd.default(*args)
     if backward:
         return Norm.apply(*args)
-    return _below_autograd(*args) if watched(*args[:4]) else _forward(*args)
+    return _below_autograd(*args) if watched(*args[:5]) else _forward(*args)
 
 
 library.impl("norm_fwd", _forward, "CompositeExplicitAutograd")
