@@ -42,8 +42,8 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 def watched(*tensors: Tensor | None) -> bool:
     """Whether something around a call has to see it as an operator: torch.compile, a mode, functorch, the
-    profiler, jit.trace, a tensor subclass, a lazy negation. Where nothing has, going past the dispatcher saves
-    as much time as a small kernel takes.
+    profiler, jit.trace, a tensor subclass, a lazy negation. Where nothing has, going past the dispatcher
+    saves as much time as a small kernel takes.
     """
     return (
         torch.compiler.is_compiling()
