@@ -257,7 +257,7 @@ def _plot(lines: list[Measurement], path: Path) -> None:
         right = max(1.0, line.ratio), row  # of the line at 1, which would cross it
         axes.annotate(text, right, (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(0, 1.45 * max(1.0, *(line.ratio for line in lines)))
+    axes.set_xlim(0, 1.7 * max(1.0, *(line.ratio for line in lines)))
     axes.invert_yaxis()
     axes.set_xlabel("times as fast as torch")
     axes.spines[["top", "right"]].set_visible(False)
