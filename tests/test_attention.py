@@ -803,6 +803,21 @@ BAD_INPUT = {
         "softcap: got 1e-50",
     ),
     "softcap's type": (lambda: fastgpt.attention(*tensors(), softcap="1"), TypeError, "softcap: got str"),
+    "used keys": (
+        lambda: fastgpt.attention(*tensors(), seqused_k=torch.tensor([3, 10], dtype=torch.int32)),
+        ValueError,
+        r"seqused_k: got \[3, 10\], expected 0 to \[9, 9\]",
+    ),
+    "padding": (
+        lambda: fastgpt.attention(*tensors(), leftpad_k=torch.tensor([3, -1], dtype=torch.int32)),
+        ValueError,
+        r"leftpad_k: got \[3, -1\], expected 0 to \[9, 9\]",
+    ),
+    "padding's dtype": (
+        lambda: fastgpt.attention(*tensors(), leftpad_k=torch.tensor([3, 1])),
+        ValueError,
+        r"leftpad_k: got torch.int64 \(2,\), expected torch.int32 \(batch\), batch 2",
+    ),
     "dropout's type": (
         lambda: fastgpt.attention(*tensors(), dropout_p=None),
         TypeError,

@@ -56,6 +56,19 @@ def watched(*tensors: Tensor | None) -> bool:
     )
 
 
+def check_indices(name: str, t: Tensor | None, batch: int, q: Tensor, axes: str = "(batch)") -> None:
+    """None, or an int32 tensor with an entry or a row for every sequence, on q's device, contiguous."""
+    check_optional(name, t, axes)
+    if t is None:
+        return
+    if t.dtype != torch.int32 or t.dim() != axes.count(",") + 1 or t.shape[0] != batch:
+        raise ValueError(f"{name}: got {t.dtype} {shape_of(t)}, expected torch.int32 {axes}, batch {batch}")
+    if t.device != q.device:
+        raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
+    if not t.is_contiguous():
+        raise ValueError(f"{name}: got strides {t.stride()}, expected contiguous")
+
+
 def check_per_head(name: str, t: Tensor | None, batch: int, heads: int, batched: bool, q: Tensor) -> None:
     """None, or floats (heads), or with ``batched`` (batch, heads)."""
     check_optional(name, t, f"({heads},)")

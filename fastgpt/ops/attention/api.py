@@ -30,13 +30,8 @@ def _check_options(
     if softcap == 0 and dropout_p == 0 and all(t is None for t in (*tensors, rng_state)):
         return None
     nheads = q.shape[-2]
-    for name, t in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
-        checks.check_optional(name, t, "(batch), int32")
-        if t is not None and (tuple(t.shape) != (batch,) or t.dtype != torch.int32 or t.device != q.device):
-            raise ValueError(
-                f"{name}: got {t.dtype} {checks.shape_of(t)} on {t.device}, "
-                f"expected torch.int32 ({batch},) on {q.device}"
-            )
+    checks.check_indices("seqused_k", seqused_k, batch, q)
+    checks.check_indices("leftpad_k", leftpad_k, batch, q)
     checks.check_softcap(softcap)
     checks.check_per_head("alibi_slopes", alibi_slopes, batch, nheads, True, q)
     checks.check_per_head("sink", sink, batch, nheads, False, q)

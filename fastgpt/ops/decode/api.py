@@ -31,21 +31,6 @@ def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, k_cache: Tensor, v
             raise ValueError(f"{name}: got shape {tuple(new.shape)}, expected {expected} to fit the cache")
 
 
-def _check_indices(name: str, t: Tensor | None, q: Tensor, axes: str = "(batch)") -> None:
-    """None, or an int32 tensor with an entry or a row for every sequence, on q's device, contiguous."""
-    checks.check_optional(name, t, axes)
-    if t is None:
-        return
-    if t.dtype != torch.int32 or t.dim() != axes.count(",") + 1 or t.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"{name}: got {t.dtype} {checks.shape_of(t)}, expected torch.int32 {axes}, batch {q.shape[0]}"
-        )
-    if t.device != q.device:
-        raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
-    if not t.is_contiguous():
-        raise ValueError(f"{name}: got strides {t.stride()}, expected contiguous")
-
-
 def _check_rotary(tensors: DecodeTensors, q: Tensor) -> None:
     cos, sin = tensors.rotary_cos, tensors.rotary_sin
     if (cos is None) != (sin is None):
@@ -70,9 +55,9 @@ def _check_rotary(tensors: DecodeTensors, q: Tensor) -> None:
 def _check_options(q: Tensor, k_cache: Tensor, tensors: DecodeTensors) -> None:
     """Everything that a plain call does not have."""
     (batch, _, nheads, _), nheads_k = q.shape, k_cache.shape[2]
-    _check_indices("cache_batch_idx", tensors.cache_batch_idx, q)
-    _check_indices("cache_leftpad", tensors.cache_leftpad, q)
-    _check_indices("block_table", tensors.block_table, q, "(batch, blocks)")
+    checks.check_indices("cache_batch_idx", tensors.cache_batch_idx, q.shape[0], q)
+    checks.check_indices("cache_leftpad", tensors.cache_leftpad, q.shape[0], q)
+    checks.check_indices("block_table", tensors.block_table, q.shape[0], q, "(batch, blocks)")
     if tensors.block_table is not None and k_cache.shape[1] < 1:
         raise ValueError("k_cache: got page_size 0, expected at least 1 with a block_table")
     if tensors.block_table is not None and tensors.cache_batch_idx is not None:
@@ -104,7 +89,7 @@ def _lengths(cache_seqlens: Tensor | int, q: Tensor) -> Tensor:
     if not isinstance(cache_seqlens, Tensor):
         kind = type(cache_seqlens).__name__
         raise TypeError(f"cache_seqlens: got {kind}, expected an int or an int32 tensor (batch,)")
-    _check_indices("cache_seqlens", cache_seqlens, q)
+    checks.check_indices("cache_seqlens", cache_seqlens, q.shape[0], q)
     return cache_seqlens
 
 
