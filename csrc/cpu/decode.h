@@ -4,11 +4,12 @@
 // Caches (B, capacity, Hk, D) and (B, capacity, Hk, Dv), or paged, in fp32, bf16 or fp16 like q, or in int8
 // or fp8-e4m3 with a scale per head; read once, where they lie: this kernel is bound by memory. The rows of
 // one kv head are all query heads of its group times the queries, so a group costs one pass over its keys.
-// One unit of work = one part of the keys of one sequence, and as many neighbouring heads as make reading a
-// key worth a page of memory, walked over in blocks of keys in the order of memory; each head has a softmax
-// state (m, l, acc) of its own in fp32. A second pass merges the parts in order. The size of a part is fixed
-// unless num_splits is given, so the bits depend neither on the threads nor on the batch.
-// Nothing behind a sequence's keys is read. Many rows (a prefill) go to attention_forward.h instead.
+// One unit of work = one part of the keys of one sequence and as many neighbouring heads as their state
+// allows: a few keys at a time, all heads of a key before the next keys, so that memory is read in a few long
+// streams, which is what the hardware prefetches. Each row has a softmax state (m, l, acc) of its own in
+// fp32. A second pass merges the parts in order. The size of a part is fixed unless num_splits is given, so
+// the bits depend neither on the threads nor on the batch. Nothing behind a sequence's keys is read. Many
+// rows (a prefill) go to attention_forward.h instead.
 //
 // Rotary embedding (Su et al. 2021, arXiv:2104.09864) of q and the new keys: the pairs (x1, x2) of the first
 // rotary_dim elements, halves or neighbours, become (x1 cos - x2 sin, x2 cos + x1 sin).
@@ -17,81 +18,81 @@
 
 constexpr int64_t kSplitKeys = 256;    // of a part
 constexpr int64_t kMinSplitKeys = 16;  // of a part with num_splits: bounds the memory of the states
-constexpr int64_t kUnitBytes = 4096;   // of one key's row in a unit: a page, so that pages are read whole
+constexpr int64_t kUnitRows = 32;      // of a unit's heads together: their q and acc stay in the caches
 constexpr int64_t kDecodeBlock = 64;   // keys whose scores are held at a time
-constexpr int64_t kSharedBytes =
-    65536;                           // of K in a block where a unit has several heads: half a second cache
-constexpr int64_t kDecodeRows = 16;  // more rows than this are attention_forward.h's work
+constexpr int64_t kStreams = 8;        // keys that are read side by side; twice as many of less than a page
+constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kAheadBytes = 16384;   // prefetched: of the next keys, of all heads of a unit
+constexpr int64_t kAheadKeys = 32;       // at most, and half of it at least
+constexpr int64_t kDecodeRows = 16;      // more rows than this are attention_forward.h's work
 constexpr int64_t kSerialBytes = 65536;  // less K and V than this is not worth waking a thread for
 
-// Sums each of N vectors; lane i of the result is the sum of x[i] (N = kLanes). Each step adds the halves
-// of two vectors into one.
-template <int N>
-FASTGPT_INLINE vf sums(vf* x) {
-  typename MakeLanes<kLanes>::type lanes;
-#pragma GCC unroll 16
-  for (int i = 0; i < N / 2; i++)
-    x[i] = interleave_low(x[i], x[i + N / 2], lanes) + interleave_high(x[i], x[i + N / 2], lanes);
-  return sums<N / 2>(x);
-}
-template <>
-FASTGPT_INLINE vf sums<1>(vf* x) {
-  return x[0];
-}
-
-// The caches are two streams that the hardware does not predict (short rows, far apart, in turn).
+// Bytes of a cache line, in elements.
 template <class T>
-FASTGPT_INLINE void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
-}
+constexpr int64_t kLine = 64 / sizeof(T);
 
-// scores[r][j] = q_r . k_j, k_j = k[j] + offset, for kRows rows (of width kWidth floats, zero behind dim) and
-// `keys` keys.
-template <int kRows, class T>
-void dot_rows(const float* q, int64_t width, int64_t dim, const T* const* k, int64_t offset, int64_t keys,
-              float* scores) {
-  constexpr int kKeys = kLanes / kRows;
+// Into the second cache: prefetches into the first would wait for its few miss buffers.
+FASTGPT_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+// scores[r][j] = q_r . k_j for `keys` keys k_j = k[j] + offset and kRows rows of a head, of each of kHeads
+// heads. A row of q is kWidth floats wide, zero behind dim; the next head's are q_head further, its keys
+// k_head. Meanwhile the same columns of the row `ahead` places further in k are prefetched.
+template <int kHeads, int kRows, class T>
+void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const T* const* k, int64_t offset,
+              int64_t k_head, int64_t ahead, int64_t keys, float* scores, int64_t scores_head) {
+  constexpr int kKeys = kLanes / kRows / kHeads;
   // Loops over acc are unrolled whole, so that it stays in registers.
   for (int64_t j = 0; j < keys; j += kKeys) {
     vf acc[kLanes];
-    const T* rows[kKeys];
+    const T *rows[kKeys], *next[kKeys];
 #pragma GCC unroll 16
-    for (int i = 0; i < kKeys; i++) rows[i] = k[min(j + i, keys - 1)] + offset;
+    for (int i = 0; i < kKeys; i++) {
+      rows[i] = k[min(j + i, keys - 1)] + offset;
+      next[i] = k[min(j + i, keys - 1) + ahead] + offset;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) acc[i] = vf{};
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes)
+#pragma GCC unroll 2
+    for (int h = 0; h < kHeads; h++) {
+      auto add = [&](int64_t d, auto load_k) __attribute__((always_inline)) {
+        if (d % kLine<T> == 0)
 #pragma GCC unroll 16
-      for (int i = 0; i < kKeys; i++) {
-        vf ki = load(rows[i] + d);
+          for (int i = 0; i < kKeys; i++) prefetch(next[i] + h * k_head + d);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; r++) acc[r * kKeys + i] += ki * load(q + r * width + d);
-      }
-    if (d < dim)
+        for (int i = 0; i < kKeys; i++) {
+          vf ki = load_k(rows[i] + h * k_head + d);
 #pragma GCC unroll 16
-      for (int i = 0; i < kKeys; i++) {
-        vf ki = load_first(rows[i] + d, dim - d);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; r++) acc[r * kKeys + i] += ki * load(q + r * width + d);
-      }
+          for (int r = 0; r < kRows; r++)
+            acc[(h * kRows + r) * kKeys + i] += ki * load(q + h * q_head + r * width + d);
+        }
+      };
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) add(d, [](const T* row) { return load(row); });
+      if (d < dim) add(d, [&](const T* row) { return load_first(row, dim - d); });
+    }
     float flat[kLanes];
-    store(flat, sums<kLanes>(acc));
-    for (int r = 0; r < kRows; r++)
-      __builtin_memcpy(scores + r * kDecodeBlock + j, flat + r * kKeys, kKeys * sizeof(float));
+    store(flat, sums(acc));
+    for (int h = 0; h < kHeads; h++)
+      for (int r = 0; r < kRows; r++)
+        __builtin_memcpy(scores + h * scores_head + r * kDecodeBlock + j, flat + (h * kRows + r) * kKeys,
+                         kKeys * sizeof(float));
   }
 }
 
-// out[r][d:] += sum_j probs[r][j] v_j[d:] for kRows rows and kVectors vectors of the head dim.
+// out[r][d:] += sum_j probs[r][j] v_j[d:] for kRows rows and kVectors vectors of the head dim, v_j = v[j] +
+// d.
 template <int kRows, int kVectors, class T>
-FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, int64_t d, int64_t keys,
-                                       float* out, int64_t width) {
+FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, int64_t offset, int64_t ahead,
+                                       int64_t keys, float* out, int64_t width) {
   vf acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; i++) acc[r][i] = load(out + r * width + d + i * kLanes);
+    for (int i = 0; i < kVectors; i++) acc[r][i] = load(out + r * width + i * kLanes);
   for (int64_t j = 0; j < keys; j++) {
-    const T* row = v[j] + d;
+    const T *row = v[j] + offset, *next = v[j + ahead] + offset;
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < kVectors * kLanes; d += kLine<T>) prefetch(next + d);
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; i++) {
       vf vi = load(row + i * kLanes);
@@ -102,24 +103,24 @@ FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, in
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; i++) store(out + r * width + d + i * kLanes, acc[r][i]);
+    for (int i = 0; i < kVectors; i++) store(out + r * width + i * kLanes, acc[r][i]);
 }
 
 template <int kRows, class T>
-void accumulate_rows(const float* probs, const T* const* rows, int64_t offset, int64_t dim, int64_t keys,
-                     float* out, int64_t width) {
-  const T* v[kDecodeBlock];
-  for (int64_t j = 0; j < keys; j++) v[j] = rows[j] + offset;
+void accumulate_rows(const float* probs, const T* const* v, int64_t offset, int64_t ahead, int64_t dim,
+                     int64_t keys, float* out, int64_t width) {
   // As many accumulators as hide the latency of an addition, and fit the registers.
   constexpr int kVectors = kLanes >= 16 && kRows == 4 ? 4 : 8 / kRows;
   int64_t d = 0;
   for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes)
-    accumulate_columns<kRows, kVectors>(probs, v, d, keys, out, width);
-  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) accumulate_columns<kRows, 2>(probs, v, d, keys, out, width);
-  for (; d + kLanes <= dim; d += kLanes) accumulate_columns<kRows, 1>(probs, v, d, keys, out, width);
+    accumulate_columns<kRows, kVectors>(probs, v, offset + d, ahead, keys, out + d, width);
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes)
+    accumulate_columns<kRows, 2>(probs, v, offset + d, ahead, keys, out + d, width);
+  for (; d + kLanes <= dim; d += kLanes)
+    accumulate_columns<kRows, 1>(probs, v, offset + d, ahead, keys, out + d, width);
   if (d < dim)
     for (int64_t j = 0; j < keys; j++) {
-      vf tail = load_first(v[j] + d, dim - d);
+      vf tail = load_first(v[j] + offset + d, dim - d);
       for (int r = 0; r < kRows; r++)
         store(out + r * width + d, load(out + r * width + d) + tail * probs[r * kDecodeBlock + j]);
     }
@@ -173,22 +174,26 @@ struct Decode {
   const DecodeParams& p;
   int64_t group = p.nheads / p.nheads_k, rows = group * p.seqlen_q;
   int64_t width = round_up(p.headdim, kLanes), width_v = round_up(p.headdim_v, kLanes);
-  // Heads of a unit: one, if a head's keys lie side by side.
-  int64_t head_bytes = p.headdim * static_cast<int64_t>(sizeof(KV));
-  int64_t heads =
-      p.k.head_stride < p.k.seq_stride ? min(p.nheads_k, (kUnitBytes + head_bytes - 1) / head_bytes) : 1;
-  int64_t head_blocks = (p.nheads_k + heads - 1) / heads;
-  int64_t block_keys =
-      heads > 1 ? max(kLanes, min(kDecodeBlock, kSharedBytes / (heads * head_bytes) / kLanes * kLanes))
-                : kDecodeBlock;
   // Of any sequence: a shorter one may be cut into more parts than the longest is.
   int64_t parts_max = p.num_splits ? min(p.num_splits, (p.seqlen_k + kMinSplitKeys - 1) / kMinSplitKeys)
                                    : (p.seqlen_k + kSplitKeys - 1) / kSplitKeys;
-  // The state of one part of one head: acc (rows, width_v), m (rows), l (rows).
+  // Neighbouring heads of a unit, fewer where that would leave threads without work; one, if a head's keys
+  // lie side by side. The bits do not depend on it.
+  int64_t heads = p.k.head_stride < p.k.seq_stride ? shared_heads() : 1;
+  int64_t head_blocks = (p.nheads_k + heads - 1) / heads;
+  // The state of one part of one head: acc (rows, width_v), m (rows), l (rows); of all heads of a part in
+  // turn.
   int64_t state_size = rows * width_v + 2 * round_up(rows, kLanes);
-  int64_t thread_size = round_up(heads * rows * width + rows * kDecodeBlock, 16);
+  // q, and the scores of a block, of a unit's heads.
+  int64_t thread_size = heads * rows * (width + kDecodeBlock);
   float *states = nullptr, *workspaces = nullptr;
   bool terms = has_score_terms(p);
+
+  int64_t shared_heads() const {
+    int64_t n = max(1, min(p.nheads_k, kUnitRows / rows));
+    while (n > 1 && p.batch * parts_max * ((p.nheads_k + n - 1) / n) < p.num_threads) n = (n + 1) / 2;
+    return n;
+  }
 
   void run() {
     int64_t kv_bytes = p.batch * p.nheads_k * p.seqlen_k * (p.headdim + p.headdim_v) * sizeof(KV);
@@ -219,7 +224,7 @@ struct Decode {
           part(u / (head_blocks * parts_max), u / parts_max % head_blocks, u % parts_max, workspace);
 #pragma omp barrier
         for (int64_t u; (u = next_unit(&merge_counter)) < p.batch * p.nheads_k;)
-          merge(u / p.nheads_k, u % p.nheads_k, states + u * parts_max * state_size);
+          merge(u / p.nheads_k, u % p.nheads_k);
       }
     }
     if (tiled) AttentionForward<T, CachedKeys<KV>>{p, {p}}.run();
@@ -330,51 +335,74 @@ struct Decode {
     CacheRows<const KV> k = cache_rows<const KV>(p, p.k, b, h_first);
     CacheRows<const KV> v = cache_rows<const KV>(p, p.v, b, h_first);
     float *q = workspace, *scores = q + heads * rows * width;
-    auto state = [&](int64_t n) {  // of head h_first + n
-      return states + ((b * p.nheads_k + h_first + n) * parts_max + index) * state_size;
-    };
+    float* unit_states = state(b, h_first, index);
     for (int64_t n = 0; n < h_count; n++) {
       int64_t h_k = h_first + n;
       for (int64_t g = 0; g < group; g++)
         pack_rows(rows_of<const T>(p.q, b, h_k * group + g, 0), p.seqlen_q, p.headdim,
                   p.softmax_scale * kLog2e * descale(p, p.k_descale, b, h_k),
                   q + (n * rows + g * p.seqlen_q) * width, width);
-      float *acc = state(n), *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
+      float *acc = unit_states + n * state_size, *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
       fill_zero(acc, rows * width_v);
       for (int64_t r = 0; r < rows; r++) m[r] = -kInf, l[r] = 0.0f;
     }
 
     int64_t first = max(index * part_keys(b), mask.begin(0));
     int64_t last = min((index + 1) * part_keys(b), mask.end(p.seqlen_q - 1));
-    for (int64_t j = first; j < last; j += block_keys) {
-      int64_t keys = min(block_keys, last - j);
-      const KV *k_rows[kDecodeBlock], *v_rows[kDecodeBlock];
-      for (int64_t i = 0; i < keys; i++) k_rows[i] = k[j + i], v_rows[i] = v[j + i];
-      int64_t ahead = min(block_keys, last - j - keys), prefetched = 0;
-      for (int64_t n = 0; n < h_count; n++) {
-        float *acc = state(n), *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
-        // The next block, in the order of memory, a share with every head.
-        for (; prefetched < ahead * (n + 1) / h_count; prefetched++) {
-          prefetch_row(k[j + keys + prefetched], (h_count - 1) * p.k.head_stride + p.headdim);
-          prefetch_row(v[j + keys + prefetched], (h_count - 1) * p.v.head_stride + p.headdim_v);
-        }
-        by_rows([&](auto count, int64_t r) {
-          dot_rows<count.value>(q + (n * rows + r) * width, width, p.headdim, k_rows, n * p.k.head_stride,
-                                keys, scores + r * kDecodeBlock);
-        });
-        for (int64_t r = 0; r < rows; r++) {
-          int64_t i = r % p.seqlen_q;
-          if (terms)
-            add_score_terms(p, b, (h_first + n) * group + r / p.seqlen_q, i, 1, j, 0, round_up(keys, kLanes),
-                            scores + r * kDecodeBlock, kDecodeBlock, nullptr);
-          softmax_row(scores + r * kDecodeBlock, mask.begin(i) - j, mask.end(i) - j, keys, m[r], l[r],
-                      acc + r * width_v);
-        }
-        by_rows([&](auto count, int64_t r) {
-          accumulate_rows<count.value>(scores + r * kDecodeBlock, v_rows, n * p.v.head_stride, p.headdim_v,
-                                       keys, acc + r * width_v, width_v);
-        });
+    int64_t key_bytes = heads * p.headdim * static_cast<int64_t>(sizeof(KV));
+    int64_t streams = heads > 1 && key_bytes > kPageBytes ? kStreams : 2 * kStreams;
+    int64_t ahead = max(kAheadKeys / 2, min(kAheadKeys, kAheadBytes / key_bytes));
+    for (int64_t j = first; j < last; j += kDecodeBlock) {
+      int64_t keys = min(kDecodeBlock, last - j);
+      // The block's keys and, prefetched meanwhile, the first of its values; then its values and the next
+      // keys.
+      const KV* kv_rows[kDecodeBlock + kAheadKeys];
+      for (int64_t i = 0; i < keys; i++) kv_rows[i] = k[j + i];
+      for (int64_t i = 0; i < ahead; i++) kv_rows[keys + i] = v[min(j + i, last - 1)];
+      for (int64_t i = 0; i < keys; i += streams)
+        score(q, kv_rows + i, ahead, h_count, min(streams, keys - i), scores + i);
+      for (int64_t n = 0; n < h_count * rows; n++) {
+        int64_t h = n / rows, r = n % rows, i = r % p.seqlen_q;
+        float *row = scores + n * kDecodeBlock, *acc = unit_states + h * state_size;
+        float *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
+        if (terms)
+          add_score_terms(p, b, (h_first + h) * group + r / p.seqlen_q, i, 1, j, 0, round_up(keys, kLanes),
+                          row, kDecodeBlock, nullptr);
+        softmax_row(row, mask.begin(i) - j, mask.end(i) - j, keys, m[r], l[r], acc + r * width_v);
       }
+      for (int64_t i = 0; i < keys; i++) kv_rows[i] = v[j + i];
+      for (int64_t i = 0; i < ahead; i++) kv_rows[keys + i] = k[min(j + keys + i, last - 1)];
+      for (int64_t i = 0; i < keys; i += streams)
+        for (int64_t n = 0; n < h_count; n++)
+          by_rows([&](auto count, int64_t r) {
+            accumulate_rows<count.value>(scores + (n * rows + r) * kDecodeBlock + i, kv_rows + i,
+                                         n * p.v.head_stride, ahead, p.headdim_v, min(streams, keys - i),
+                                         unit_states + n * state_size + r * width_v, width_v);
+          });
+    }
+  }
+
+  float* state(int64_t b, int64_t h_k, int64_t index) const {
+    return states + ((b * parts_max + index) * p.nheads_k + h_k) * state_size;
+  }
+
+  // Scores of a few keys and all heads of a unit. A row that is alone in its tile shares it with the next
+  // head's (the last of an odd number: with itself): one head's would be of more keys than kStreams.
+  void score(const float* q, const KV* const* k, int64_t ahead, int64_t h_count, int64_t keys,
+             float* scores) {
+    auto dot = [&](auto tile_heads, auto tile_rows, int64_t n, int64_t r, int64_t distance) {
+      dot_rows<tile_heads.value, tile_rows.value>(
+          q + (n * rows + r) * width, width, distance * rows * width, p.headdim, k, n * p.k.head_stride,
+          distance * p.k.head_stride, ahead, keys, scores + (n * rows + r) * kDecodeBlock,
+          distance * rows * kDecodeBlock);
+    };
+    constexpr int kPair = kLanes > kStreams ? 2 : 1;
+    for (int64_t n = 0; n < h_count; n += heads > 1 ? kPair : 1) {
+      int64_t count = heads > 1 ? min(kPair, h_count - n) : 1;
+      by_rows([&](auto tile_rows, int64_t r) {
+        if (tile_rows.value == 1 && heads > 1) return dot(Count<kPair>{}, Count<1>{}, n, r, count - 1);
+        for (int64_t i = 0; i < count; i++) dot(Count<1>{}, tile_rows, n + i, r, 0);
+      });
     }
   }
 
@@ -421,25 +449,25 @@ struct Decode {
   }
 
   // out = sum_s 2^(m_s - m) acc_s / sum_s 2^(m_s - m) l_s over the parts s, in order.
-  void merge(int64_t b, int64_t h_k, float* head_states) {
+  void merge(int64_t b, int64_t h_k) {
     int64_t count = parts(b);
     for (int64_t r = 0; r < rows; r++) {
       int64_t h = h_k * group + r / p.seqlen_q, i = r % p.seqlen_q;
       float sink = p.sink ? p.sink[h] * kLog2e : -kInf, m = sink;
       for (int64_t s = 0; s < count; s++) {
-        float ms = head_states[s * state_size + rows * width_v + r];
+        float ms = state(b, h_k, s)[rows * width_v + r];
         m = ms > m ? ms : m;
       }
       float l = sink == -kInf ? 0.0f : exp2(splat(sink - m))[0];
       T* out = rows_of<T>(p.out, b, h, i)[0];
-      float* acc = head_states + r * width_v;  // the first part's, into which the others are added
+      float* acc = state(b, h_k, 0) + r * width_v;  // the first part's, into which the others are added
       for (int64_t s = 0; s < count; s++) {
-        float* state = head_states + s * state_size;
+        float* part = state(b, h_k, s);
         // Without a maximum the sums are 0, or NaN, which has to come through.
-        float weight = m == -kInf ? 1.0f : exp2(splat(state[rows * width_v + r] - m))[0];
-        l += weight * state[rows * width_v + round_up(rows, kLanes) + r];
+        float weight = m == -kInf ? 1.0f : exp2(splat(part[rows * width_v + r] - m))[0];
+        l += weight * part[rows * width_v + round_up(rows, kLanes) + r];
         for (int64_t d = 0; d < width_v; d += kLanes)
-          store(acc + d, load(state + r * width_v + d) * weight + (s ? load(acc + d) : vf{}));
+          store(acc + d, load(part + r * width_v + d) * weight + (s ? load(acc + d) : vf{}));
       }
       float inverse = descale(p, p.v_descale, b, h_k) / l;
       for (int64_t d = 0; d < p.headdim_v; d += kLanes)

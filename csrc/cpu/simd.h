@@ -249,6 +249,34 @@ FASTGPT_INLINE vf interleave_high(vf a, vf b, Lanes<I...>) {
   return __builtin_shuffle(a, b, vi{(I % 2 * kLanes + kLanes / 2 + I / 2)...});
 }
 
+// Lanes 0, 1 of every quad of a and b in turn, or 2, 3 of them; even quads of a, then of b, or odd ones. In
+// this order each is one cheap instruction, where the halves of whole vectors are not.
+template <int kFirst, int... I>
+FASTGPT_INLINE vf interleave_quads(vf a, vf b, Lanes<I...>) {
+  return __builtin_shuffle(a, b, vi{(I % 2 * kLanes + I / 4 * 4 + kFirst + I % 4 / 2)...});
+}
+template <int kFirst, int... I>
+FASTGPT_INLINE vf every_other_quad(vf a, vf b, Lanes<I...>) {
+  return __builtin_shuffle(a, b, vi{((2 * (I / 4) + kFirst) * 4 + I % 4)...});
+}
+
+// Lane i is the sum of x[i].
+FASTGPT_INLINE vf sums(vf (&x)[kLanes]) {
+  typename MakeLanes<kLanes>::type lanes;
+  auto fold = [&](vf a, vf b) { return interleave_quads<0>(a, b, lanes) + interleave_quads<2>(a, b, lanes); };
+  vf quads[kLanes / 4];  // [i]: the sums of x[4 i] to x[4 i + 3] over each quad of lanes
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes / 4; i++)
+    quads[i] = fold(fold(x[4 * i], x[4 * i + 2]), fold(x[4 * i + 1], x[4 * i + 3]));
+#pragma GCC unroll 4
+  for (int n = kLanes / 8; n > 0; n /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++)
+      quads[i] = every_other_quad<0>(quads[2 * i], quads[2 * i + 1], lanes) +
+                 every_other_quad<1>(quads[2 * i], quads[2 * i + 1], lanes);
+  return quads[0];
+}
+
 template <int kDistance, int... I>
 FASTGPT_INLINE vf add_lanes(vf x, Lanes<I...>) {
   return x + __builtin_shuffle(x, vi{(I ^ kDistance)...});
