@@ -8,22 +8,15 @@
 #include <cstdlib>
 #include <new>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "fastgpt/params.h"
+#include "isa.h"
 
 namespace py = pybind11;
 
 namespace fastgpt {
-
-extern const Kernels kernels_baseline;
-#if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
-#endif
 
 struct Buffer {
   float* data = nullptr;
@@ -59,40 +52,6 @@ struct KernelScope {
 };
 
 namespace {
-
-struct Isa {
-  std::string name;
-  const Kernels* kernels;
-};
-
-// What is built in and runs here, best first.
-std::vector<Isa> supported_isas() {
-  std::vector<Isa> isas;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) isas.push_back({"avx512", &kernels_avx512});
-  if (avx2) isas.push_back({"avx2", &kernels_avx2});
-#endif
-  isas.push_back({"baseline", &kernels_baseline});
-  return isas;
-}
-
-Isa choose_isa() {
-  std::vector<Isa> isas = supported_isas();
-  const char* asked = std::getenv("FASTGPT_CPU_ISA");
-  if (!asked || !*asked) return isas.front();
-  std::string names;
-  for (const Isa& isa : isas) {
-    if (isa.name == asked) return isa;
-    names += (names.empty() ? "" : ", ") + isa.name;
-  }
-  throw py::import_error("FASTGPT_CPU_ISA: got '" + std::string(asked) +
-                         "', this processor and build accept: " + names);
-}
 
 typedef std::tuple<uintptr_t, int64_t, int64_t, int64_t> PyTensor;  // pointer; batch, seq, head stride
 typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> PySizes;
@@ -198,7 +157,7 @@ void set_options(DecodeParams& p, int64_t page_size, const std::optional<PyDecod
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace fastgpt;
-  Isa isa = choose_isa();
+  Isa isa = choose_isa(std::getenv("FASTGPT_CPU_ISA"));  // what it throws becomes an ImportError
   const Kernels* kernels = isa.kernels;
   m.attr("isa") = isa.name;
   m.attr("built_isas") = FASTGPT_ISAS;

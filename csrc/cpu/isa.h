@@ -1,0 +1,52 @@
+// Which instruction set's kernels run. Included by module.cpp and the tests, not by kernels.cpp.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fastgpt/params.h"
+
+namespace fastgpt {
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+struct Isa {
+  std::string name;
+  const Kernels* kernels;
+};
+
+// What is built in and runs here, best first.
+inline std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) isas.push_back({"avx512", &kernels_avx512});
+  if (avx2) isas.push_back({"avx2", &kernels_avx2});
+#endif
+  isas.push_back({"baseline", &kernels_baseline});
+  return isas;
+}
+
+// The one that is asked for, the value of FASTGPT_CPU_ISA; null or empty: the best.
+inline Isa choose_isa(const char* asked) {
+  std::vector<Isa> isas = supported_isas();
+  if (!asked || !*asked) return isas.front();
+  std::string names;
+  for (const Isa& isa : isas) {
+    if (isa.name == asked) return isa;
+    names += (names.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::invalid_argument("FASTGPT_CPU_ISA: got '" + std::string(asked) +
+                              "', this processor and build accept: " + names);
+}
+
+}  // namespace fastgpt
