@@ -188,7 +188,8 @@ FASTGPT_INLINE void fill_zero(float* p, int64_t n) { __builtin_memset(p, 0, n * 
 // Of NaN and a number: the NaN when it is b, the number when it is a.
 FASTGPT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 
-// 2^x for x <= 128, relative error below 1e-7, exactly 1 at 0 and exactly 0 below -150; NaN stays NaN.
+// 2^x for x <= 128, relative error below 8e-8 (1.04e-7 without fused multiply-add), exactly 1 at 0 and
+// exactly 0 below -150; NaN stays NaN.
 FASTGPT_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
   x = max(splat(-200.0f), x);
