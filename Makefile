@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 # A plain `torch` brings gigabytes of CUDA packages; this release has a CPU build on the development machines.
 TORCH ?= 2.13.0
 
-.PHONY: demo test test-torch lint format bench clean
+.PHONY: demo test test-torch test-native test-neon lint format bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Rebuilt whenever a native source, the build or the package's metadata changes.
-NATIVE := $(wildcard csrc/CMakeLists.txt csrc/*/*.cpp csrc/*/*.h csrc/include/fastgpt/*.h)
+NATIVE := $(filter-out csrc/tests/%,$(wildcard csrc/CMakeLists.txt csrc/*.cmake csrc/*/*.cpp csrc/*/*.h \
+	csrc/include/fastgpt/*.h))
+FORMATTED := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/include/fastgpt/*.h)
 
 $(VENV)/.stamp-dev: $(BIN)/python pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" numpy
@@ -42,16 +44,40 @@ test-torch:
 	cd build/torch-$(TORCH) && FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu bin/python -m pytest -q \
 		tests/test_attention.py tests/test_decode.py tests/test_merge.py tests/test_norm.py
 
+$(VENV)/.stamp-cmake: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "cmake>=3.24" "ninja>=1.11"
+	touch $@
+
+# $(call kernel_tests,folder,options): builds csrc/tests and runs it.
+define kernel_tests
+$(BIN)/cmake -S csrc/tests -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	-DCMAKE_BUILD_TYPE=Release $(2) --log-level=WARNING
+$(BIN)/cmake --build build/$(1)
+$(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+endef
+
+# The kernels without Python: every instruction set that this processor has; the others are compiled. With
+# qemu-x86_64 (Debian: qemu-user) also the choice among them on processors without AVX2 and AVX-512.
+test-native: $(VENV)/.stamp-cmake
+	$(call kernel_tests,tests-native)
+
+# The same for NEON, cross-compiled and emulated.
+test-neon: $(VENV)/.stamp-cmake
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
+		echo "make test-neon: $$tool not found; Debian's packages are g++-aarch64-linux-gnu and qemu-user" >&2; \
+		exit 1; }; done
+	$(call kernel_tests,tests-neon,-DCMAKE_TOOLCHAIN_FILE=aarch64.cmake)
+
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/cpu/*.h csrc/cpu/*.cpp csrc/include/fastgpt/*.h
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/cpu/*.h csrc/cpu/*.cpp csrc/include/fastgpt/*.h
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # One benchmark at a time, nothing beside it. Results for the record: benchmarks/README.md.
 bench: $(VENV)/.stamp-demo
