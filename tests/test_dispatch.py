@@ -6,6 +6,7 @@ import logging
 import platform
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,13 +101,22 @@ def test_landing_on_reference_warns_once(monkeypatch):
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")
+BUILT = ("baseline", "avx2", "avx512") if X86 else ("baseline",)
+AVX2 = {"avx2", "fma", "f16c"}
+NEEDED = {"baseline": set(), "avx2": AVX2, "avx512": AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+FLAGS = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[0].split() if X86 else ())
+ACCEPTED = [isa for isa in reversed(BUILT) if NEEDED[isa] <= FLAGS]  # best first
 SHOW = (
     "import torch\nfrom fastgpt import dispatch\nprint(dispatch.unavailable('cpu'))\n"
     "import fastgpt._cpu as c\nprint(c.isa, c.built_isas)"
 )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"] if X86 else ["baseline"])
+def refusal(isa):
+    return f"FASTGPT_CPU_ISA: got '{isa}', this processor and build accept: {', '.join(ACCEPTED)}"
+
+
+@pytest.mark.parametrize("isa", BUILT)
 def test_each_instruction_set_computes_the_same(isa):
     code = (
         "import torch, fastgpt\nfrom fastgpt import dispatch\n"
@@ -131,16 +141,20 @@ def test_each_instruction_set_computes_the_same(isa):
     )
     result = python(code, FASTGPT_CPU_ISA=isa)
     assert result.returncode == 0, result.stderr
-    if result.stdout.strip() != isa:  # an older processor: then the refusal must say so
-        assert re.search(rf"FASTGPT_CPU_ISA: got '{isa}', this processor and build accept: ", result.stdout)
+    assert result.stdout.strip() == (isa if isa in ACCEPTED else refusal(isa))
+
+
+@pytest.mark.parametrize("environment", [{}, {"FASTGPT_CPU_ISA": ""}], ids=["unset", "empty"])
+def test_the_best_instruction_set_is_the_default(environment, monkeypatch):
+    monkeypatch.delenv("FASTGPT_CPU_ISA", raising=False)
+    result = python(SHOW, **environment)
+    assert result.stdout.split() == ["None", ACCEPTED[0], ",".join(BUILT)], result.stdout + result.stderr
 
 
 def test_an_unknown_instruction_set_is_an_error():
     result = python(SHOW, FASTGPT_CPU_ISA="amx")
-    assert "FASTGPT_CPU_ISA: got 'amx', this processor and build accept: " in result.stdout
-    assert (
-        "baseline" in result.stdout and result.returncode == 1
-    )  # an ImportError, not an illegal instruction
+    assert result.stdout.strip() == refusal("amx")
+    assert result.returncode == 1  # an ImportError, not an illegal instruction
 
 
 def test_an_instruction_set_that_is_asked_for_is_never_passed_over():
