@@ -1,4 +1,4 @@
-// Every CPU kernel, compiled once per instruction set (FASTGPT_ISA names it, CMakeLists.txt has the flags).
+// Every CPU kernel, compiled once per instruction set (FASTGPT_ISA names it, kernels.cmake has the flags).
 // All code below is in one anonymous namespace: a function shared with another set's copy by the linker
 // could be the one with instructions this processor lacks.
 
