@@ -288,6 +288,14 @@ def test_same_bits_at_any_thread_count_and_in_any_batch(num_splits, dtype):
         assert torch.equal(one, two) and torch.equal(one, seven) and torch.equal(one[2:3], single)
 
 
+@pytest.mark.parametrize("batch, seqlen_q", [(0, 1), (1, 0)])
+def test_a_call_without_queries(batch, seqlen_q):
+    """An empty one: it divided by the number of rows."""
+    q, cache = torch.randn(batch, seqlen_q, 4, 16), torch.randn(2, batch, 8, 2, 16)
+    out = fastgpt.attention_with_kvcache(q, *cache, cache_seqlens=8, backend="cpu")
+    assert out.shape == q.shape
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_steps_of_a_cache_equal_one_pass(backend):
     q = torch.randn(2, 40, 4, 16)

@@ -190,7 +190,7 @@ struct Decode {
   bool terms = has_score_terms(p);
 
   int64_t shared_heads() const {
-    int64_t n = max(1, min(p.nheads_k, kUnitRows / rows));
+    int64_t n = max(1, min(p.nheads_k, kUnitRows / max(1, rows)));
     while (n > 1 && p.batch * parts_max * ((p.nheads_k + n - 1) / n) < p.num_threads) n = (n + 1) / 2;
     return n;
   }

@@ -58,7 +58,7 @@ void transpose_square(float* square) {
 void sums_of_rows(float* square) {
   vf rows[kLanes];
   for (int i = 0; i < kLanes; i++) rows[i] = load(square + i * kLanes);
-  store(square, sums<kLanes>(rows));
+  store(square, sums(rows));
 }
 
 void keep_row(const Dropout& p, int64_t first, uint32_t c1, uint32_t c2, float* keep) {

@@ -27,8 +27,10 @@ def concrete(size: int) -> int:
 
 def own_precision(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Where torch.autocast is off: an op computes in the dtype it was given, whatever serves it."""
-    kind = t.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+    kind = (
+        "cpu" if t.is_cpu else "cuda" if t.is_cuda else None
+    )  # a string of t.device costs as much as a check
+    if kind and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return _NOTHING
 
@@ -37,7 +39,11 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether a call has to pass through autograd; forward mode is refused there, not dropped."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator in any() costs as much as the rest of the call
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def watched(*tensors: Tensor | None) -> bool:
@@ -45,14 +51,17 @@ def watched(*tensors: Tensor | None) -> bool:
     profiler, jit.trace, a tensor subclass, a lazy negation. Where nothing has, going past the dispatcher
     saves as much time as a small kernel takes.
     """
+    if torch.compiler.is_compiling():
+        return True
+    for t in tensors:
+        if t is not None and (type(t) not in PLAIN_TENSORS or t.is_neg()):
+            return True
     return (
-        torch.compiler.is_compiling()
-        or _C._len_torch_dispatch_stack() > 0
+        _C._len_torch_dispatch_stack() > 0
         or _C._len_torch_function_stack() > 0
         or _C._functorch.peek_interpreter_stack() is not None
         or _C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or any(t is not None and (type(t) not in PLAIN_TENSORS or t.is_neg()) for t in tensors)
     )
 
 

@@ -105,9 +105,9 @@ def _run(
         return (out, residual_out) if prenorm else out
     if name == "reference":
         dispatch.warn_if_slow(asked, "norm", x.numel(), stacklevel=4)
-    out, residual_out, _, _ = library.run(backward, *inputs, rng_state, prenorm or backward, *spec, name)
+    out, z = library.run(backward, *inputs, rng_state, prenorm or backward, *spec, name)
     if prenorm:
-        return out, x if residual is None and rng_state is None else residual_out
+        return out, x if z is None or (residual is None and rng_state is None) else z
     return out
 
 

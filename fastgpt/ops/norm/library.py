@@ -38,7 +38,7 @@ def _has_sum(residual: Tensor | None, rng_state: Tensor | None) -> bool:
     return residual is not None or rng_state is not None
 
 
-def _forward(
+def _implementation_forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -49,17 +49,16 @@ def _forward(
     eps: float,
     dropout_p: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    store = store_sum and _has_sum(residual, rng_state)
     with own_precision(x):
-        out, residual_out, mean, rstd = dispatch.implementation("norm", backend).forward(
-            x,
-            residual,
-            weight,
-            bias,
-            rng_state,
-            store_sum and _has_sum(residual, rng_state),
-            NormSpec(rms, eps, dropout_p),
+        return dispatch.implementation("norm", backend).forward(
+            x, residual, weight, bias, rng_state, store, NormSpec(rms, eps, dropout_p)
         )
+
+
+def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, residual_out, mean, rstd = _implementation_forward(x, *args)
     residual_out = x.new_empty(0) if residual_out is None else residual_out.contiguous()
     mean = rstd.new_empty(0) if mean is None else mean.contiguous()
     return out.contiguous(), residual_out, mean, rstd.contiguous()
@@ -212,13 +211,16 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _below_autograd(*args)
 
 
-def run(backward: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """norm_fwd by the shortest way."""
+def run(backward: bool, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """out and residual_out of norm_fwd by the shortest way."""
     if torch.compiler.is_compiling():
-        return torch.ops.fastgpt.norm_fwd.default(*args)
+        return torch.ops.fastgpt.norm_fwd.default(*args)[:2]
     if backward:
-        return Norm.apply(*args)
-    return _below_autograd(*args) if watched(*args[:5]) else _forward(*args)
+        return Norm.apply(*args)[:2]
+    if watched(*args[:5]):
+        return _below_autograd(*args)[:2]
+    out, residual_out, _, _ = _implementation_forward(*args)
+    return out.contiguous(), None if residual_out is None else residual_out.contiguous()
 
 
 library.impl("norm_fwd", _forward, "CompositeExplicitAutograd")
