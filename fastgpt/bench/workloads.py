@@ -332,9 +332,14 @@ class Model:
 TABLES: dict[str, tuple[Attention | Decode | Norm | Model, ...]] = {
     "attention": (
         Attention(1, 12, 256, 64),
+        Attention(1, 12, 16, 64),
+        Attention(1, 12, 64, 64),
         Attention(1, 12, 1024, 64),
         Attention(1, 12, 4096, 64),
         Attention(1, 8, 2048, 128),
+        Attention(1, 12, 1024, 80),
+        Attention(1, 8, 1024, 96),
+        Attention(1, 4, 1024, 256),
         Attention(1, 32, 1024, 128, nheads_k=8),
         Attention(1, 4, 8192, 64, window=256),
     ),
