@@ -155,14 +155,29 @@ def resolve(call: Call, name: str) -> str:
 
 
 @functools.cache
-def _chosen(asked: str, call_type: Callable[..., Call], metadata: tuple[Any, ...]) -> str:
-    return resolve(call_type(*metadata), asked)
+def _chosen(
+    asked: str,
+    call_type: Callable[..., Call],
+    features: tuple[str, ...],
+    used: tuple[bool, ...],
+    metadata: tuple[Any, ...],
+) -> str:
+    names = tuple(name for name, is_used in zip(features, used, strict=True) if is_used)
+    return resolve(call_type(*metadata, names), asked)
 
 
 @traced_as_constant
-def choose(asked: str, call_type: Callable[..., Call], *metadata: Any) -> str:
-    """:func:`resolve` of ``call_type(*metadata)``, remembered; torch.compile takes it for a constant."""
-    return _chosen(asked, call_type, metadata)
+def choose(
+    asked: str,
+    call_type: Callable[..., Call],
+    features: tuple[str, ...],
+    used: tuple[bool, ...],
+    *metadata: Any,
+) -> str:
+    """:func:`resolve` of ``call_type(*metadata, those of features that are used)``, remembered;
+    torch.compile takes it for a constant.
+    """
+    return _chosen(asked, call_type, features, used, metadata)
 
 
 def warn_if_slow(asked: str, op: str, elements: int, stacklevel: int) -> None:

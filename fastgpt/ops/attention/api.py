@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.ops import checks
 from fastgpt.ops.attention import library
-from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors, features
+from fastgpt.ops.attention.spec import FEATURES, AttentionCall, AttentionSpec, AttentionTensors, used
 from fastgpt.ops.attention.torch import scaled_dot_product_attention
 
 
@@ -68,9 +68,8 @@ def _run(
     backward = checks.needs_autograd(*inputs)
     asked = dispatch.requested(backend)
     headdims = checks.concrete(q.shape[-1]), checks.concrete(v.shape[-1])
-    name = dispatch.choose(
-        asked, AttentionCall, q.device.type, q.dtype, *headdims, features(spec, return_lse, backward)
-    )
+    uses = used(spec, return_lse, backward)
+    name = dispatch.choose(asked, AttentionCall, FEATURES, uses, checks.device_type(q), q.dtype, *headdims)
     if name == "reference":
         dispatch.warn_if_slow(asked, "attention", q.numel() // q.shape[-1] * k.shape[-3], stacklevel=4)
     elif name == "torch":

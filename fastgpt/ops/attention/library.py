@@ -83,7 +83,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     spec, tensors, backend = _unpack(args)
     if spec.dropout_p and tensors.rng_state is None:
         raise ValueError("rng_state: got None, expected seed and offset with dropout")
-    if q.device.type == "cpu":
+    if q.is_cpu:
         if tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None:
             _check_edges("cu_seqlens_q", tensors.cu_seqlens_q, q.shape[0])
             _check_edges("cu_seqlens_k", tensors.cu_seqlens_k, k.shape[0])

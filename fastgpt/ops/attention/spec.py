@@ -81,9 +81,9 @@ FEATURES = (
 )
 
 
-def features(spec: AttentionSpec, lse: bool, backward: bool) -> tuple[str, ...]:
-    """Of FEATURES, those that a call uses."""
-    asked = (
+def used(spec: AttentionSpec, lse: bool, backward: bool) -> tuple[bool, ...]:
+    """Of each of FEATURES, whether a call uses it."""
+    return (
         spec.window_left >= 0 or spec.window_right > 0,
         spec.softcap != 0,
         spec.dropout_p != 0,
@@ -95,4 +95,3 @@ def features(spec: AttentionSpec, lse: bool, backward: bool) -> tuple[str, ...]:
         lse,
         backward,
     )
-    return tuple(name for name, wanted in zip(FEATURES, asked, strict=True) if wanted)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.ops import checks
 from fastgpt.ops.decode import library
-from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec, DecodeTensors, features
+from fastgpt.ops.decode.spec import FEATURES, DecodeCall, DecodeSpec, DecodeTensors, used
 
 MAX_SPLITS = 1024
 
@@ -213,9 +213,8 @@ def attention_with_kvcache(
     spec = DecodeSpec(scale, left, right, float(softcap), rotary_interleaved, num_splits)
     asked = dispatch.requested(backend)
     headdims = checks.concrete(q.shape[-1]), checks.concrete(v_cache.shape[-1])
-    name = dispatch.choose(
-        asked, DecodeCall, q.device.type, q.dtype, *headdims, features(spec, tensors, return_lse)
-    )
+    uses = used(spec, tensors, return_lse)
+    name = dispatch.choose(asked, DecodeCall, FEATURES, uses, checks.device_type(q), q.dtype, *headdims)
     if name == "reference":
         dispatch.warn_if_slow(asked, "decode", q.numel() // q.shape[-1] * capacity, stacklevel=3)
     out, lse = library.run(q, k_cache, v_cache, *tensors, *spec, name)

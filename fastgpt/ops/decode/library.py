@@ -29,7 +29,7 @@ _SCALARS = 7  # the last arguments of the schema, from softmax_scale to backend
 def _check_values(q: Tensor, k_cache: Tensor, v_cache: Tensor, tensors: DecodeTensors) -> None:
     """The values of lengths and indices. Here and not in api.py, where torch.compile would have to trace
     them. On a GPU they are not read: that would stall it."""
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return
     seqlen_new = 0 if tensors.k is None else tensors.k.shape[1]
     lengths, table = tensors.cache_seqlens.tolist(), tensors.block_table

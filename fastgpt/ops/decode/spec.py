@@ -86,9 +86,9 @@ FEATURES = (
 )
 
 
-def features(spec: DecodeSpec, tensors: DecodeTensors, lse: bool) -> tuple[str, ...]:
-    """Of FEATURES, those that a call uses."""
-    asked = (
+def used(spec: DecodeSpec, tensors: DecodeTensors, lse: bool) -> tuple[bool, ...]:
+    """Of each of FEATURES, whether a call uses it."""
+    return (
         spec.window_left >= 0 or spec.window_right > 0,
         spec.softcap != 0,
         tensors.alibi_slopes is not None,
@@ -100,4 +100,3 @@ def features(spec: DecodeSpec, tensors: DecodeTensors, lse: bool) -> tuple[str, 
         tensors.k_descale is not None,
         lse,
     )
-    return tuple(name for name, wanted in zip(FEATURES, asked, strict=True) if wanted)

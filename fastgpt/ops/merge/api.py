@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import check_same, check_tensor, needs_autograd, shape_of
+from fastgpt.ops.checks import check_same, check_tensor, device_type, needs_autograd, shape_of
 from fastgpt.ops.merge import library
 from fastgpt.ops.merge.spec import FEATURES, MergeCall
 
@@ -72,7 +72,7 @@ def merge_attention_states(
 
     backward = needs_autograd(out_a, lse_a, out_b, lse_b)
     asked = dispatch.requested(backend)
-    name = dispatch.choose(asked, MergeCall, out_a.device.type, out_a.dtype, FEATURES if backward else ())
+    name = dispatch.choose(asked, MergeCall, FEATURES, (backward,), device_type(out_a), out_a.dtype)
     if name == "reference":
         dispatch.warn_if_slow(asked, "merge", out_a.numel(), stacklevel=3)
     return library.run(backward, out_a, lse_a, out_b, lse_b, name)

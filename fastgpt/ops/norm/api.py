@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import FLOATING, check_dropout, needs_autograd, own_precision, shape_of
+from fastgpt.ops.checks import FLOATING, check_dropout, device_type, needs_autograd, own_precision, shape_of
 from fastgpt.ops.norm import library
 from fastgpt.ops.norm.spec import FEATURES, NormCall, NormSpec
 from fastgpt.ops.norm.torch import composite
@@ -96,9 +96,8 @@ def _run(
         rng_state is not None,
         backward,
     )
-    features = tuple(name for name, used in zip(FEATURES, uses, strict=True) if used)
     asked = dispatch.requested(backend)
-    name = dispatch.choose(asked, NormCall, x.device.type, x.dtype, features)
+    name = dispatch.choose(asked, NormCall, FEATURES, uses, device_type(x), x.dtype)
     if name == "torch":
         with own_precision(x):
             out, residual_out = composite(*inputs, spec)
