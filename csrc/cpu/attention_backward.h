@@ -34,30 +34,27 @@ struct AttentionBackward {
     float *probs, *dscores, *derivatives, *keep;
   };
 
-  // Lays the workspace out from `base`, for sequences of up to sq queries and sk keys; returns its size.
-  int64_t lay_out(Workspace& w, float* base, int64_t sq, int64_t sk) const {
-    int64_t sq_padded = round_up(sq, kTileRows), sk_padded = round_up(sk, kTileCols * kTileRows), size = 0;
-    auto take = [&](float*& field, int64_t floats) {
-      field = base + size;
-      size += round_up(floats, 16) + 16;  // packing writes up to a vector past the end
-    };
-    take(w.k_panels, sk_padded * dim);
-    take(w.k_rows, sk * width);
-    take(w.v_panels, sk_padded * dim_v);
-    take(w.dk, sk_padded * width);
-    take(w.dv, sk_padded * width_v);
-    take(w.q_panels, sq_padded * dim);
-    take(w.q_rows, sq * width);
-    take(w.dout_panels, sq_padded * dim_v);
-    take(w.dout_rows, sq * width_v);
-    take(w.dq, sq_padded * width);
-    take(w.lse, sq_padded + kLanes);
-    take(w.delta, sq_padded + kLanes);
-    take(w.probs, kGradBlock * kGradBlock);
-    take(w.dscores, kGradBlock * kGradBlock);
-    take(w.derivatives, p.softcap ? kGradBlock * kGradBlock : 0);
-    take(w.keep, p.dropout_threshold ? kGradBlock + 4 * kLanes : 0);
-    return size;
+  // Lays the workspace out, for sequences of up to sq queries and sk keys; returns its size.
+  int64_t lay_out(Workspace& w, float* memory, int64_t sq, int64_t sk) const {
+    int64_t sq_padded = round_up(sq, kTileRows), sk_padded = round_up(sk, kTileCols * kTileRows);
+    Parts parts{memory};
+    w.k_panels = parts.take(sk_padded * dim);
+    w.k_rows = parts.take(sk * width);
+    w.v_panels = parts.take(sk_padded * dim_v);
+    w.dk = parts.take(sk_padded * width);
+    w.dv = parts.take(sk_padded * width_v);
+    w.q_panels = parts.take(sq_padded * dim + kLanes);  // packing writes up to a vector past the end
+    w.q_rows = parts.take(sq * width);
+    w.dout_panels = parts.take(sq_padded * dim_v + kLanes);
+    w.dout_rows = parts.take(sq * width_v);
+    w.dq = parts.take(sq_padded * width);
+    w.lse = parts.take(sq_padded + kLanes);
+    w.delta = parts.take(sq_padded + kLanes);
+    w.probs = parts.take(kGradBlock * kGradBlock);
+    w.dscores = parts.take(kGradBlock * kGradBlock);
+    w.derivatives = parts.take(p.softcap ? kGradBlock * kGradBlock : 0);
+    w.keep = parts.take(p.dropout_threshold ? kGradBlock + 4 * kLanes : 0);
+    return parts.size;
   }
 
   void run() {

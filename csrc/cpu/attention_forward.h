@@ -59,31 +59,53 @@ struct AttentionForward {
   const AttentionParams& p;
   Keys keys_of{p};
   int64_t v_width = round_up(p.headdim_v, kLanes);
-  int64_t q_tile_size = kQueryTile * p.headdim + kLanes;
-  int64_t o_tile_size = kQueryTile * v_width;
-  int64_t keep_size = p.dropout_threshold ? kKeyBlock + 4 * kLanes : 0;
-  int64_t thread_size = round_up(q_tile_size + kTileRows * kKeyBlock + o_tile_size + keep_size, 16);
   bool terms = has_score_terms(p);
 
   static constexpr int64_t kChunkKeys = 8 * kTileCols;  // packed as one unit
 
-  void run() {
-    int64_t group = p.nheads / p.nheads_k;
-    int64_t units_size = round_up(2 * (p.batch + 1), 16);  // of one Units, in floats
+  // What all threads share: the memory of three Units, K and V as packed, and the threads' workspaces.
+  struct Shared {
+    int64_t* units[3];
+    float *packed_k, *packed_v, *workspaces;
+  };
+  struct Workspace {
+    float *q, *scores, *o, *keep;
+  };
+
+  int64_t lay_out(Shared& shared, float* memory) const {
+    Parts parts{memory};
     int64_t keys = 0;
     for (int64_t b = 0; b < p.batch; b++) keys += round_up(p.keys(b), kTileCols);
-    int64_t packed_size = keys * p.nheads_k * (p.headdim + v_width) + kLanes;
-    float* memory = scratch(3 * units_size + packed_size + p.num_threads * thread_size);
-    auto units_memory = [&](int i) { return reinterpret_cast<int64_t*>(memory + i * units_size); };
+    for (int64_t*& units : shared.units) units = reinterpret_cast<int64_t*>(parts.take(2 * (p.batch + 1)));
+    shared.packed_k = parts.take(keys * p.nheads_k * p.headdim);
+    shared.packed_v = parts.take(keys * p.nheads_k * v_width);
+    Workspace unused;
+    shared.workspaces = parts.take(p.num_threads * lay_out(unused, nullptr));
+    return parts.size;
+  }
+  int64_t lay_out(Workspace& w, float* memory) const {
+    Parts parts{memory};
+    w.q = parts.take(kQueryTile * p.headdim + kLanes);  // packing writes up to a vector past the end
+    w.scores = parts.take(kTileRows * kKeyBlock);
+    w.o = parts.take(kQueryTile * v_width);
+    w.keep = parts.take(p.dropout_threshold ? kKeyBlock + 4 * kLanes : 0);
+    return parts.size;
+  }
+  int64_t scratch_size() const {
+    Shared unused;
+    return lay_out(unused, nullptr);
+  }
+
+  void run() {
+    int64_t group = p.nheads / p.nheads_k;
+    Shared shared;
+    lay_out(shared, scratch(scratch_size()));
     // K and V of (b, h) lie behind those of the sequences before b, and of b's heads before h.
-    Units slots(p.batch, units_memory(0), [&](int64_t b) { return round_up(p.keys(b), kTileCols); });
-    Units chunks(p.batch, units_memory(1),
+    Units slots(p.batch, shared.units[0], [&](int64_t b) { return round_up(p.keys(b), kTileCols); });
+    Units chunks(p.batch, shared.units[1],
                  [&](int64_t b) { return (p.keys(b) + kChunkKeys - 1) / kChunkKeys * p.nheads_k; });
-    Units tiles(p.batch, units_memory(2),
+    Units tiles(p.batch, shared.units[2],
                 [&](int64_t b) { return (p.queries(b) + kQueryTile - 1) / kQueryTile * p.nheads; });
-    float* packed_k = memory + 3 * units_size;
-    float* packed_v = packed_k + keys * p.nheads_k * p.headdim + kLanes;
-    float* workspaces = memory + 3 * units_size + packed_size;
     auto slot = [&](int64_t b, int64_t h) {
       return slots.starts[b] * p.nheads_k + h * (slots.starts[b + 1] - slots.starts[b]);
     };
@@ -96,28 +118,29 @@ struct AttentionForward {
         int64_t h = in_b % p.nheads_k, first = in_b / p.nheads_k * kChunkKeys;
         int64_t n = min(kChunkKeys, p.keys(b) - first), at = slot(b, h) + first;
         pack_panels<kTileCols>(keys_of.k(b, h).from(first), n, p.headdim, keys_of.k_factor(b, h),
-                               packed_k + at * p.headdim);
+                               shared.packed_k + at * p.headdim);
         pack_rows(keys_of.v(b, h).from(first), n, p.headdim_v, keys_of.v_factor(b, h),
-                  packed_v + at * v_width, v_width);
+                  shared.packed_v + at * v_width, v_width);
       }
 #pragma omp barrier
-      float* workspace = workspaces + next_unit(&thread_counter) * thread_size;
+      Workspace w;
+      lay_out(w, shared.workspaces + next_unit(&thread_counter) * lay_out(w, nullptr));
       for (int64_t u; (u = next_unit(&unit_counter)) < tiles.total();) {
         int64_t b = tiles.sequence_of(u), in_b = u - tiles.starts[b];
         int64_t of_head = (tiles.starts[b + 1] - tiles.starts[b]) / p.nheads;
         int64_t h = in_b / of_head, tile = of_head - 1 - in_b % of_head, at = slot(b, h / group);
-        query_tile(b, h, tile * kQueryTile, packed_k + at * p.headdim, packed_v + at * v_width, workspace);
+        query_tile(b, h, tile * kQueryTile, shared.packed_k + at * p.headdim, shared.packed_v + at * v_width,
+                   w);
       }
     }
   }
 
   void query_tile(int64_t b, int64_t h, int64_t first_query, const float* k, const float* v,
-                  float* workspace) {
+                  const Workspace& w) {
     Mask mask(p.queries(b), p.keys(b), p.window_left, p.window_right);
     int64_t rows = min(kQueryTile, p.queries(b) - first_query);
     int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    float *q = workspace, *scores = q + q_tile_size, *o = scores + kTileRows * kKeyBlock;
-    float* keep = o + o_tile_size;
+    float *q = w.q, *scores = w.scores, *o = w.o, *keep = w.keep;
     RowState state[kQueryTile / kTileRows];
     float sink = p.sink ? p.sink[h] * kLog2e : -kInf;
     for (int64_t t = 0; t < tiles; t++)

@@ -181,11 +181,7 @@ struct Decode {
   // lie side by side. The bits do not depend on it.
   int64_t heads = p.k.head_stride < p.k.seq_stride ? shared_heads() : 1;
   int64_t head_blocks = (p.nheads_k + heads - 1) / heads;
-  // The state of one part of one head: acc (rows, width_v), m (rows), l (rows); of all heads of a part in
-  // turn.
-  int64_t state_size = rows * width_v + 2 * round_up(rows, kLanes);
-  // q, and the scores of a block, of a unit's heads.
-  int64_t thread_size = heads * rows * (width + kDecodeBlock);
+  // The states of all heads of each part in turn, and the threads' workspaces.
   float *states = nullptr, *workspaces = nullptr;
   bool terms = has_score_terms(p);
 
@@ -195,14 +191,52 @@ struct Decode {
     return n;
   }
 
+  // Of one part of one head: acc (rows, width_v), m (rows), l (rows).
+  struct State {
+    float *acc, *m, *l;
+  };
+  // q, and the scores of a block, of a unit's heads.
+  struct Workspace {
+    float *q, *scores;
+  };
+
+  FASTGPT_INLINE int64_t lay_out(State& state, float* memory) const {
+    Parts parts{memory};
+    state.acc = parts.take(rows * width_v);
+    state.m = parts.take(rows);
+    state.l = parts.take(rows);
+    return parts.size;
+  }
+  FASTGPT_INLINE int64_t lay_out(Workspace& w, float* memory) const {
+    Parts parts{memory};
+    w.q = parts.take(heads * rows * width);
+    w.scores = parts.take(heads * rows * kDecodeBlock);
+    return parts.size;
+  }
+  template <class Part>
+  int64_t size_of() const {
+    Part unused;
+    return lay_out(unused, nullptr);
+  }
+  int64_t state_size = size_of<State>(), workspace_size = size_of<Workspace>();
+
+  FASTGPT_INLINE State state(int64_t b, int64_t h_k, int64_t index) const {
+    State result;
+    lay_out(result, states + ((b * parts_max + index) * p.nheads_k + h_k) * state_size);
+    return result;
+  }
+
   void run() {
     int64_t kv_bytes = p.batch * p.nheads_k * p.seqlen_k * (p.headdim + p.headdim_v) * sizeof(KV);
     int threads = kv_bytes < kSerialBytes ? 1 : p.num_threads;
     bool tiled = rows > kDecodeRows;
     int64_t tokens = p.seqlen_new + (p.rotary_dim ? p.seqlen_q : 0);
     int64_t units = p.batch * head_blocks * parts_max, all_states = p.batch * p.nheads_k * parts_max;
-    if (!tiled) {
-      states = scratch(all_states * state_size + threads * thread_size);
+    AttentionForward<T, CachedKeys<KV>> forward{p, {p}};
+    if (tiled) {
+      scratch(forward.scratch_size());  // out of memory before anything is appended, or not at all
+    } else {
+      states = scratch(all_states * state_size + threads * workspace_size);
       workspaces = states + all_states * state_size;
     }
     int64_t append_counter = 0, unit_counter = 0, thread_counter = 0, merge_counter = 0;
@@ -219,15 +253,16 @@ struct Decode {
 #pragma omp barrier
       }
       if (!tiled) {
-        float* workspace = workspaces + next_unit(&thread_counter) * thread_size;
+        Workspace w;
+        lay_out(w, workspaces + next_unit(&thread_counter) * workspace_size);
         for (int64_t u; (u = next_unit(&unit_counter)) < units;)
-          part(u / (head_blocks * parts_max), u / parts_max % head_blocks, u % parts_max, workspace);
+          part(u / (head_blocks * parts_max), u / parts_max % head_blocks, u % parts_max, w);
 #pragma omp barrier
         for (int64_t u; (u = next_unit(&merge_counter)) < p.batch * p.nheads_k;)
           merge(u / p.nheads_k, u % p.nheads_k);
       }
     }
-    if (tiled) AttentionForward<T, CachedKeys<KV>>{p, {p}}.run();
+    if (tiled) forward.run();
   }
 
   // --- rotary embedding and append ---
@@ -328,21 +363,20 @@ struct Decode {
   }
   int64_t parts(int64_t b) const { return (p.keys(b) + part_keys(b) - 1) / part_keys(b); }
 
-  void part(int64_t b, int64_t head_block, int64_t index, float* workspace) {
+  void part(int64_t b, int64_t head_block, int64_t index, const Workspace& w) {
     if (index >= parts(b)) return;
     int64_t h_first = head_block * heads, h_count = min(heads, p.nheads_k - h_first);
     Mask mask(p.seqlen_q, p.keys(b), p.window_left, p.window_right);
     CacheRows<const KV> k = cache_rows<const KV>(p, p.k, b, h_first);
     CacheRows<const KV> v = cache_rows<const KV>(p, p.v, b, h_first);
-    float *q = workspace, *scores = q + heads * rows * width;
-    float* unit_states = state(b, h_first, index);
+    float *q = w.q, *scores = w.scores;
     for (int64_t n = 0; n < h_count; n++) {
       int64_t h_k = h_first + n;
       for (int64_t g = 0; g < group; g++)
         pack_rows(rows_of<const T>(p.q, b, h_k * group + g, 0), p.seqlen_q, p.headdim,
                   p.softmax_scale * kLog2e * descale(p, p.k_descale, b, h_k),
                   q + (n * rows + g * p.seqlen_q) * width, width);
-      float *acc = unit_states + n * state_size, *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
+      auto [acc, m, l] = state(b, h_k, index);
       fill_zero(acc, rows * width_v);
       for (int64_t r = 0; r < rows; r++) m[r] = -kInf, l[r] = 0.0f;
     }
@@ -363,8 +397,8 @@ struct Decode {
         score(q, kv_rows + i, ahead, h_count, min(streams, keys - i), scores + i);
       for (int64_t n = 0; n < h_count * rows; n++) {
         int64_t h = n / rows, r = n % rows, i = r % p.seqlen_q;
-        float *row = scores + n * kDecodeBlock, *acc = unit_states + h * state_size;
-        float *m = acc + rows * width_v, *l = m + round_up(rows, kLanes);
+        auto [acc, m, l] = state(b, h_first + h, index);
+        float* row = scores + n * kDecodeBlock;
         if (terms)
           add_score_terms(p, b, (h_first + h) * group + r / p.seqlen_q, i, 1, j, 0, round_up(keys, kLanes),
                           row, kDecodeBlock, nullptr);
@@ -373,17 +407,15 @@ struct Decode {
       for (int64_t i = 0; i < keys; i++) kv_rows[i] = v[j + i];
       for (int64_t i = 0; i < ahead; i++) kv_rows[keys + i] = k[min(j + keys + i, last - 1)];
       for (int64_t i = 0; i < keys; i += streams)
-        for (int64_t n = 0; n < h_count; n++)
+        for (int64_t n = 0; n < h_count; n++) {
+          float* acc = state(b, h_first + n, index).acc;
           by_rows([&](auto count, int64_t r) {
             accumulate_rows<count.value>(scores + (n * rows + r) * kDecodeBlock + i, kv_rows + i,
                                          n * p.v.head_stride, ahead, p.headdim_v, min(streams, keys - i),
-                                         unit_states + n * state_size + r * width_v, width_v);
+                                         acc + r * width_v, width_v);
           });
+        }
     }
-  }
-
-  float* state(int64_t b, int64_t h_k, int64_t index) const {
-    return states + ((b * parts_max + index) * p.nheads_k + h_k) * state_size;
   }
 
   // Scores of a few keys and all heads of a unit. A row that is alone in its tile shares it with the next
@@ -455,19 +487,19 @@ struct Decode {
       int64_t h = h_k * group + r / p.seqlen_q, i = r % p.seqlen_q;
       float sink = p.sink ? p.sink[h] * kLog2e : -kInf, m = sink;
       for (int64_t s = 0; s < count; s++) {
-        float ms = state(b, h_k, s)[rows * width_v + r];
+        float ms = state(b, h_k, s).m[r];
         m = ms > m ? ms : m;
       }
       float l = sink == -kInf ? 0.0f : exp2(splat(sink - m))[0];
       T* out = rows_of<T>(p.out, b, h, i)[0];
-      float* acc = state(b, h_k, 0) + r * width_v;  // the first part's, into which the others are added
+      float* acc = state(b, h_k, 0).acc + r * width_v;  // the first part's, into which the others are added
       for (int64_t s = 0; s < count; s++) {
-        float* part = state(b, h_k, s);
+        State of_part = state(b, h_k, s);
         // Without a maximum the sums are 0, or NaN, which has to come through.
-        float weight = m == -kInf ? 1.0f : exp2(splat(part[rows * width_v + r] - m))[0];
-        l += weight * part[rows * width_v + round_up(rows, kLanes) + r];
+        float weight = m == -kInf ? 1.0f : exp2(splat(of_part.m[r] - m))[0];
+        l += weight * of_part.l[r];
         for (int64_t d = 0; d < width_v; d += kLanes)
-          store(acc + d, load(part + r * width_v + d) * weight + (s ? load(acc + d) : vf{}));
+          store(acc + d, load(of_part.acc + r * width_v + d) * weight + (s ? load(acc + d) : vf{}));
       }
       float inverse = descale(p, p.v_descale, b, h_k) / l;
       for (int64_t d = 0; d < p.headdim_v; d += kLanes)

@@ -7,6 +7,9 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <cstdint>
 
@@ -19,6 +22,7 @@ namespace {
 
 #include "simd.h"
 #include "tile.h"
+#include "scratch.h"
 #include "attention_common.h"
 #include "dropout.h"
 #include "scores.h"

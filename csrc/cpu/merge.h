@@ -16,7 +16,7 @@
 // A state of weight 0 (lse -inf: it saw no key) is not read; where both have none, out = 0, lse = -inf and
 // every gradient is 0. One unit of work owns a number of queries, all their heads, that depends on the shape
 // alone; each row is computed by itself, so the bits depend neither on the number of threads nor on the
-// batch. Error bounds: tests/test_merge.py::test_forward_parity and ::test_backward_parity.
+// batch. Error bounds: tests/test_merge.py::test_parity.
 
 struct MergeWeights {
   float a, b, lse;

@@ -56,13 +56,13 @@ struct NormForward {
   void run() {
     int64_t unit_rows = max(1, kUnitElements / p.hidden);
     int64_t units = (p.rows + unit_rows - 1) / unit_rows, workers = min(units, p.num_threads);
-    float* buffer = scratch((2 + 2 * max(workers, 1)) * width);
-    const float* weight = as_fp32(p.weight, p.weight_dtype, p.hidden, 1.0f, buffer);
-    const float* bias = as_fp32(p.bias, p.weight_dtype, p.hidden, 0.0f, buffer + width);
+    Rows<float> buffers = scratch_rows(2 + 2 * max(workers, 1), width);
+    const float* weight = as_fp32(p.weight, p.weight_dtype, p.hidden, 1.0f, buffers[0]);
+    const float* bias = as_fp32(p.bias, p.weight_dtype, p.hidden, 0.0f, buffers[1]);
     parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
       int64_t end = min(p.rows, (unit + 1) * unit_rows);
       for (int64_t r = unit * unit_rows; r < end; r++)
-        normalise(r, weight, bias, buffer + (2 + 2 * worker) * width);
+        normalise(r, weight, bias, buffers[2 + 2 * worker], buffers[3 + 2 * worker]);
     });
   }
 
@@ -105,9 +105,10 @@ struct NormForward {
     return total(sums);
   }
 
-  FASTGPT_INLINE void normalise(int64_t r, const float* weight, const float* bias, float* buffer) {
+  FASTGPT_INLINE void normalise(int64_t r, const float* weight, const float* bias, float* widened,
+                                float* added) {
     const float* z;
-    float sum = sum_row(add_row(r, buffer + width), buffer, &z);
+    float sum = sum_row(add_row(r, added), widened, &z);
     float mean = p.mean ? sum * scale : 0.0f;
     vf sums[kSums] = {}, squares[kSums] = {};
     for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) {
@@ -147,18 +148,19 @@ struct NormBackward {
         max(max(kMinChunkRows, kUnitElements / p.hidden), (p.rows + kMaxChunks - 1) / kMaxChunks);
     int64_t chunks = (p.rows + chunk_rows - 1) / chunk_rows;
     int64_t workers = min(chunks, p.num_threads);
-    float* buffer = scratch((1 + workers + 2 * max(chunks, 1)) * width);
-    float* partial = buffer + (1 + workers) * width;  // chunk c: dweight, then dbias, at 2 c width
-    const float* weight = as_fp32(p.weight, p.weight_dtype, p.hidden, 1.0f, buffer);
+    Rows<float> buffers = scratch_rows(1 + workers + 2 * max(chunks, 1), width);
+    Rows<float> partial = buffers.from(1 + workers);  // rows 2 c and 2 c + 1: dweight and dbias of chunk c
+    const float* weight = as_fp32(p.weight, p.weight_dtype, p.hidden, 1.0f, buffers[0]);
     parallel_units(chunks, workers, [&](int64_t chunk, int64_t worker) {
-      float *dweight = partial + 2 * chunk * width, *dbias = dweight + width;
-      fill_zero(dweight, 2 * width);
+      float *dweight = partial[2 * chunk], *dbias = partial[2 * chunk + 1];
+      fill_zero(dweight, width);
+      fill_zero(dbias, width);
       int64_t end = min(p.rows, (chunk + 1) * chunk_rows);
       for (int64_t r = chunk * chunk_rows; r < end; r++)
-        differentiate(r, weight, buffer + (1 + worker) * width, dweight, dbias);
+        differentiate(r, weight, buffers[1 + worker], dweight, dbias);
     });
     reduce(partial, chunks, p.dweight);
-    reduce(partial + width, chunks, p.dbias);
+    reduce(partial.from(1), chunks, p.dbias);
   }
 
   FASTGPT_INLINE void differentiate(int64_t r, const float* weight, float* g_row, float* dweight,
@@ -200,19 +202,20 @@ struct NormBackward {
     });
   }
 
-  // Adds the chunks' sums in order, into the first, and stores them in the weights' type.
-  void reduce(float* partial, int64_t chunks, void* gradient) {
+  // Adds the chunks' sums, every other row, in order into the first, and stores them in the weights' type.
+  void reduce(Rows<float> partial, int64_t chunks, void* gradient) {
     if (!gradient) return;
-    if (chunks == 0) fill_zero(partial, width);
+    float* sums = partial[0];
+    if (chunks == 0) fill_zero(sums, width);
     int64_t unit_columns = 1024, units = (p.hidden + unit_columns - 1) / unit_columns;
     parallel_units(units, chunks * p.hidden < 2 * kUnitElements ? 1 : min(units, p.num_threads),
                    [&](int64_t unit, int64_t) {
                      int64_t end = min(p.hidden, (unit + 1) * unit_columns);
                      for (int64_t c = 1; c < chunks; c++)
                        for (int64_t i = unit * unit_columns; i < end; i += kLanes)
-                         store(partial + i, load(partial + i) + load(partial + 2 * c * width + i));
+                         store(sums + i, load(sums + i) + load(partial[2 * c] + i));
                      for (int64_t i = unit * unit_columns; i < end; i += kLanes) {
-                       vf sum = load(partial + i);
+                       vf sum = load(sums + i);
                        if (p.weight_dtype == DType::f32)
                          store_upto(static_cast<float*>(gradient) + i, sum, p.hidden - i);
                        else if (p.weight_dtype == DType::bf16)

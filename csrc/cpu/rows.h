@@ -32,3 +32,12 @@ FASTGPT_INLINE void for_each_vector(int64_t hidden, const Body& body) {
 FASTGPT_INLINE float total(const vf (&sums)[kSums]) {
   return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
+
+// Scratch memory for `rows` rows of `width` floats.
+inline Rows<float> scratch_rows(int64_t rows, int64_t width) {
+  Parts row{nullptr};
+  row.take(width);
+  Parts parts{scratch(rows * row.size)};
+  for (int64_t i = 0; i < rows; i++) parts.take(width);
+  return {parts.memory, row.size};
+}

@@ -17,6 +17,7 @@ namespace {
 
 #include "../cpu/simd.h"
 #include "../cpu/tile.h"
+#include "../cpu/scratch.h"
 #include "../cpu/attention_common.h"
 #include "../cpu/dropout.h"
 #include "../cpu/scores.h"
