@@ -1,6 +1,7 @@
 // fastgpt._cpu: the Python binding of the CPU kernels. Everything about a tensor arrives as a pointer,
 // sizes and strides; the Python side (fastgpt/ops/*/cpu.py) has checked them.
 
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,10 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "fastgpt/params.h"
 #include "isa.h"
@@ -30,17 +35,38 @@ struct Buffer {
 };
 static thread_local Buffer scratch_buffer;
 
+// A MemoryError in Python, with this message.
+struct OutOfScratch : std::bad_alloc {
+  std::string message;
+  explicit OutOfScratch(int64_t floats)
+      : message("the CPU kernels asked for " + std::to_string(floats / (1 << 18)) +
+                " MiB of scratch memory, which the system has not") {}
+  const char* what() const noexcept override { return message.c_str(); }
+};
+
 float* scratch(int64_t floats) {
   Buffer& buffer = scratch_buffer;
   if (buffer.size < floats) {
     buffer.free();
     int64_t rounded = (floats + 15) / 16 * 16;
     buffer.data = static_cast<float*>(std::aligned_alloc(64, rounded * sizeof(float)));
-    if (!buffer.data) throw std::bad_alloc();
+    if (!buffer.data) throw OutOfScratch(floats);
     buffer.size = rounded;
   }
+#ifdef __SANITIZE_ADDRESS__
+  // What was kept may be larger than what is asked for, and parts of it may be poisoned (cpu/scratch.h).
+  __asan_unpoison_memory_region(buffer.data, floats * sizeof(float));
+  __asan_poison_memory_region(buffer.data + floats, (buffer.size - floats) * sizeof(float));
+#endif
   return buffer.data;
 }
+
+// libgomp's pool of threads belongs to the thread that uses it, and its threads do not survive a fork: the
+// thread that forked, alone in the child, would wait for them forever. There it runs kernels by itself.
+// Threads that the child starts have pools of their own.
+static thread_local bool forked = false;
+
+static int usable_threads(int asked) { return forked ? 1 : asked; }
 
 // What a kernel runs in: without the GIL, and large scratch memory returned at the end. Up to 64 MiB is
 // kept, for getting it anew costs as much as a small call.
@@ -79,7 +105,7 @@ void set_attention(AttentionParams& p, int dtype, const PySizes& sizes, const Py
   p.softmax_scale = softmax_scale;
   p.window_left = window_left;
   p.window_right = window_right;
-  p.num_threads = num_threads;
+  p.num_threads = usable_threads(num_threads);
 }
 
 typedef std::tuple<int64_t, int64_t, int64_t, int64_t> PyStrides;  // batch, head, query, key
@@ -159,6 +185,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace fastgpt;
   Isa isa = choose_isa(std::getenv("FASTGPT_CPU_ISA"));  // what it throws becomes an ImportError
   const Kernels* kernels = isa.kernels;
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   m.attr("isa") = isa.name;
   m.attr("built_isas") = FASTGPT_ISAS;
 
@@ -257,7 +284,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.residual_out = pointer<void>(residual_out);
         p.mean = pointer<float>(mean);
         p.rstd = pointer<float>(rstd);
-        p.num_threads = num_threads;
+        p.num_threads = usable_threads(num_threads);
         set_dropout(p, dropout);
         KernelScope scope;
         kernels->norm_forward(p);
@@ -292,7 +319,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.dsum = pointer<void>(dsum);
         p.dweight = pointer<void>(dweight);
         p.dbias = pointer<void>(dbias);
-        p.num_threads = num_threads;
+        p.num_threads = usable_threads(num_threads);
         set_dropout(p, dropout);
         KernelScope scope;
         kernels->norm_backward(p);
@@ -316,7 +343,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.lse_b = tensor(lse_b);
         p.out = tensor(out);
         p.lse = tensor(lse);
-        p.num_threads = num_threads;
+        p.num_threads = usable_threads(num_threads);
         KernelScope scope;
         kernels->merge_forward(p);
       },
@@ -342,7 +369,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.dlse_a = tensor(dlse_a);
         p.dout_b = tensor(dout_b);
         p.dlse_b = tensor(dlse_b);
-        p.num_threads = num_threads;
+        p.num_threads = usable_threads(num_threads);
         KernelScope scope;
         kernels->merge_backward(p);
       },
