@@ -1,6 +1,7 @@
 """Builds the native modules with CMake and Ninja; everything else is in pyproject.toml.
 
-``FASTGPT_BUILD=0`` installs the Python part alone. torch is not needed to build: the
+``FASTGPT_BUILD=0`` installs the Python part alone; ``FASTGPT_SANITIZE=1`` builds with sanitizers, in a folder
+of its own. torch is not needed to build: the
 native code includes no torch header and links against no torch library.
 """
 
@@ -19,17 +20,19 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def build_native() -> bool:
-    value = os.environ.get("FASTGPT_BUILD", "1")
+def wanted(variable: str, default: str) -> bool:
+    value = os.environ.get(variable, default)
     if value not in ("0", "1"):
-        raise SystemExit(f"FASTGPT_BUILD: got {value!r}, expected '0' or '1'")
+        raise SystemExit(f"{variable}: got {value!r}, expected '0' or '1'")
     return value == "1"
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        sanitize = wanted("FASTGPT_SANITIZE", "0")
+        name = f"cmake-{sysconfig.get_config_var('SOABI')}" + "-sanitize" * sanitize
+        build_dir = ROOT / "build" / name
         build_dir.mkdir(parents=True, exist_ok=True)
         import pybind11
 
@@ -42,6 +45,7 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DFASTGPT_SANITIZE={'ON' if sanitize else 'OFF'}",
             # CMake reads it at the first configuration only.
             f"-DCMAKE_CXX_FLAGS={os.environ.get('CXXFLAGS', '')}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -68,6 +72,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("fastgpt._cpu", sources=[])] if build_native() else [],
+    ext_modules=[Extension("fastgpt._cpu", sources=[])] if wanted("FASTGPT_BUILD", "1") else [],
     cmdclass={"build_ext": CMakeBuild},
 )
