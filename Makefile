@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A plain `torch` brings gigabytes of CUDA packages; this release has a CPU build on the development machines.
 TORCH ?= 2.13.0
 
-.PHONY: demo test test-torch test-native test-neon lint format bench clean
+.PHONY: demo test nightly sanitize test-torch test-native test-neon lint format bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,33 @@ demo: $(VENV)/.stamp-demo
 test: $(VENV)/.stamp-dev
 	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest
 
+# 600 random specifications of each op against `reference`: what ran is in the statistics.
+nightly: $(VENV)/.stamp-dev
+	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest tests/test_random.py \
+		--hypothesis-profile=nightly --hypothesis-show-statistics
+
+# The parity tests on kernels built with the address and undefined behaviour sanitizers, in a package of their
+# own, with each instruction set that this machine has. A finding ends the run, with its report on stderr.
+# libstdc++ goes with libasan, which otherwise finds no __cxa_throw in a Python that came without. Leaks are not
+# looked for: Python and torch keep much until they exit; tests/test_reliability.py measures the kernels' own.
+SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=build/sanitize FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu
+
+sanitize: $(VENV)/.stamp-dev
+	rm -rf build/sanitize
+	FASTGPT_SANITIZE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target build/sanitize .
+	set -e; for isa in baseline avx2 avx512; do \
+		export FASTGPT_CPU_ISA=$$isa; \
+		if [ $$isa != baseline ] && ! $(BIN)/python -c "import torch, fastgpt._cpu" 2> /dev/null; then \
+			echo "sanitize: this machine has no $$isa"; continue; \
+		fi; \
+		echo "sanitize: $$isa"; \
+		$(SANITIZED) $(BIN)/pytest -q --capture=sys -k "(parity or random) and cpu" tests/test_attention.py \
+			tests/test_decode.py tests/test_merge.py tests/test_norm.py tests/test_random.py; \
+	done
+
 # The built package against another torch release, in an environment of its own:
 # builds one wheel without torch, installs it beside torch TORCH and runs the kernels' tests.
 test-torch:
@@ -42,7 +69,8 @@ test-torch:
 	build/torch-$(TORCH)/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheels/fastgpt_kernels-*.whl
 	cp -r tests build/torch-$(TORCH)/tests
 	cd build/torch-$(TORCH) && FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu bin/python -m pytest -q \
-		tests/test_attention.py tests/test_decode.py tests/test_merge.py tests/test_norm.py
+		tests/test_attention.py tests/test_decode.py tests/test_merge.py tests/test_norm.py \
+		tests/test_random.py tests/test_reliability.py
 
 $(VENV)/.stamp-cmake: $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "cmake>=3.24" "ninja>=1.11"

@@ -30,22 +30,26 @@ class AttentionCase(NamedTuple):
         heads, dims = f"h{self.nheads}-{self.nheads_k}", f"d{self.headdim}-{self.headdim_v}"
         return f"b{self.batch}-{self.sq}x{self.sk}-{heads}-{dims}-{mask}-{self.layout}"
 
-    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        def make(seqlen: int, heads: int, dim: int) -> Tensor:
-            if self.layout == "bhsd":
-                return torch.randn(self.batch, heads, seqlen, dim).to(dtype).transpose(1, 2)
-            if self.layout == "packed":
-                # Rows of another tensor between, before and behind: reading or writing there is seen.
-                full = torch.full((self.batch, seqlen, 3, heads + 1, dim + 5), torch.nan)
-                full[:, :, 1, :heads, :dim] = torch.randn(self.batch, seqlen, heads, dim)
-                return full.to(dtype)[:, :, 1, :heads, :dim]
-            return torch.randn(self.batch, seqlen, heads, dim).to(dtype)
+    def laid_out(self, values: Tensor) -> Tensor:
+        """The values of a (batch, seqlen, heads, dim) tensor in the case's layout."""
+        if self.layout == "bhsd":
+            return values.transpose(1, 2).contiguous().transpose(1, 2)
+        if self.layout == "packed":
+            # Rows of another tensor between, before and behind: reading or writing there is seen.
+            batch, seqlen, heads, dim = values.shape
+            full = torch.full((batch, seqlen, 3, heads + 1, dim + 5), torch.nan, dtype=values.dtype)
+            full[:, :, 1, :heads, :dim] = values
+            return full[:, :, 1, :heads, :dim]
+        return values
 
-        return (
-            make(self.sq, self.nheads, self.headdim),
-            make(self.sk, self.nheads_k, self.headdim),
-            make(self.sk, self.nheads_k, self.headdim_v),
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        shapes = (
+            (self.sq, self.nheads, self.headdim),
+            (self.sk, self.nheads_k, self.headdim),
+            (self.sk, self.nheads_k, self.headdim_v),
         )
+        q, k, v = (self.laid_out(torch.randn(self.batch, *shape).to(dtype)) for shape in shapes)
+        return q, k, v
 
 
 ATTENTION = [

@@ -3,9 +3,15 @@ memory of the CPU kernels."""
 
 import pytest
 import torch
+from hypothesis import settings
 
 import fastgpt
 from fastgpt import dispatch
+
+# How many random cases each test of tests/test_random.py draws; --hypothesis-profile=nightly chooses more.
+settings.register_profile("test", max_examples=25, deadline=None)
+settings.register_profile("nightly", max_examples=600, deadline=None)
+settings.load_profile("test")
 
 
 def _poison_scratch() -> None:

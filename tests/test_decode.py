@@ -152,11 +152,9 @@ def rotated(x, positions, turns, variant: DecodeVariant):
     return turned.to(x.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", WITH_LSE)
-@pytest.mark.parametrize("name", DECODE_VARIANTS)
-def test_variant_parity(name, backend, dtype):
-    variant = DECODE_VARIANTS[name]
+def variant_results(variant: DecodeVariant, backend, dtype, by_reference=False):
+    """(what, got, plain, exact) of out and lse, after a look at the cache. Plain and exact, ``by_reference``
+    that of attention, read the keys as they then lie in the cache."""
     case, batch, new = variant.case, len(variant.case.lengths), variant.case.appended
     cache = Paged(variant, dtype)
     before = [c.clone() for c in cache.caches]
@@ -167,7 +165,7 @@ def test_variant_parity(name, backend, dtype):
     )
     slopes = None if variant.slopes is None else torch.rand(variant.slopes)
     sink = torch.randn(case.nheads) if variant.sink else None
-    angles = 3 * torch.rand(case.capacity, variant.rotary_dim // 2, dtype=torch.float64)
+    angles = 3 * torch.rand(case.capacity + case.sq, variant.rotary_dim // 2, dtype=torch.float64)
     tables = dtype if dtype != torch.float32 and variant.interleaved else torch.float32
     cos, sin = angles.cos().to(tables), angles.sin().to(tables)
     angles = torch.complex(cos.double(), sin.double())  # rounded as the tables are
@@ -221,28 +219,37 @@ def test_variant_parity(name, backend, dtype):
         raw = torch.uint8 if variant.cache_dtype else torch.int32 if dtype == torch.float32 else torch.int16
         assert torch.equal(cache.caches[which].view(raw), before[which].view(raw))
 
-    def plain_sequences(precision):
+    def sequences(attention, precision):
         outs, lses = [], []
         for b, length in enumerate(case.lengths):
             keys, values = (cache.keys(which, b, length + new).to(precision) for which in (0, 1))
             turned = rotated(q[b], cache.pads[b] + length + steps, angles, variant).to(precision)
-            out, lse = plain_attention(
-                turned[None],
-                keys[None],
-                values[None],
-                case.causal,
-                case.window,
-                softcap=variant.softcap,
-                slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1],
-                sink=sink,
-            )
+            of_batch = slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1]
+            out, lse = attention(turned[None], keys[None], values[None], of_batch)
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs), torch.cat(lses)
 
-    rough, exact = plain_sequences(dtype), plain_sequences(torch.float64)
-    assert_parity("out", out, rough[0], exact[0])
-    assert_parity("lse", lse, rough[1], exact[1])
+    def plain(q, k, v, slopes):
+        terms = {"softcap": variant.softcap, "slopes": slopes, "sink": sink}
+        return plain_attention(q, k, v, case.causal, case.window, **terms)
+
+    def reference(q, k, v, slopes):
+        terms = {"softcap": variant.softcap, "alibi_slopes": slopes, "sink": sink, "return_lse": True}
+        window = {"causal": case.causal, "window_size": case.window}
+        return fastgpt.attention(q, k, v, **window, **terms, backend="reference")
+
+    other = reference if by_reference else plain
+    rough, exact = sequences(other, dtype), sequences(other, torch.float64)
+    return [("out", out, rough[0], exact[0]), ("lse", lse, rough[1], exact[1])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", WITH_LSE)
+@pytest.mark.parametrize("name", DECODE_VARIANTS)
+def test_variant_parity(name, backend, dtype):
+    for what, *values in variant_results(DECODE_VARIANTS[name], backend, dtype):
+        assert_parity(what, *values)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from backends import AVAILABLE, DTYPES, assert_parity
+from backends import AVAILABLE, DTYPES, assert_parity, factor_of
 
 import fastgpt
 from fastgpt import dispatch
@@ -112,31 +112,26 @@ def double(tensors):
     return [t.double() for t in tensors]
 
 
-@pytest.mark.parametrize("backend", MERGING)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in CASES])
-def test_forward_parity(case, dtype, backend):
-    tensors = make_inputs(case, dtype)[:4]
-    got = fused_merge(backend)(*tensors)
-    assert [t.dtype for t in got] == [dtype, torch.float32]
-    for what, *values in zip(
-        ("out", "lse"), got, plain_merge(*tensors), plain_merge(*double(tensors)), strict=True
-    ):
-        assert values[0].is_contiguous()
-        assert_parity(what, *values)
+def results(case, dtype, backend, of=("out", "lse"), other=plain_merge):
+    """(what, got, plain, exact) of the outputs and, from the gradients ``of`` these, those of the inputs."""
+    inputs = make_inputs(case, dtype)
+    merges = (fused_merge(backend), inputs), (other, inputs), (other, double(inputs))
+    outputs = [merge(*tensors[:4]) for merge, tensors in merges]
+    assert [t.dtype for t in outputs[0]] == [dtype, torch.float32]
+    assert all(t.is_contiguous() for t in outputs[0])
+    grads = [gradients(merge, tensors, of) for merge, tensors in merges]
+    assert all(grads[0][name].dtype == grads[1][name].dtype for name in NAMES)
+    of_inputs = [(f"d{name}", *(grad[name] for grad in grads)) for name in NAMES]
+    return [*zip(("out", "lse"), *outputs, strict=True), *of_inputs]
 
 
 @pytest.mark.parametrize("of", [("out", "lse"), ("out",), ("lse",)], ids=str)
 @pytest.mark.parametrize("backend", MERGING)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in CASES])
-def test_backward_parity(case, dtype, backend, of):
-    inputs = make_inputs(case, dtype)
-    got = gradients(fused_merge(backend), inputs, of)
-    plain, exact = gradients(plain_merge, inputs, of), gradients(plain_merge, double(inputs), of)
-    for name in NAMES:
-        assert got[name].dtype == plain[name].dtype
-        assert_parity(f"d{name}", got[name], plain[name], exact[name], factor=3)
+def test_parity(case, dtype, backend, of):
+    for what, *values in results(case, dtype, backend, of):
+        assert_parity(what, *values, factor=factor_of(what))
 
 
 def test_reference_in_float64():
