@@ -43,12 +43,16 @@ nightly: $(VENV)/.stamp-dev
 # looked for: Python and torch keep much until they exit; tests/test_reliability.py measures the kernels' own.
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=build/sanitize FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu
+	PYTHONPATH=$(abspath build/sanitize) FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu
 
 sanitize: $(VENV)/.stamp-dev
 	rm -rf build/sanitize
 	FASTGPT_SANITIZE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target build/sanitize .
+	@test -e "$$($(CXX) -print-file-name=libasan.so)" || { \
+		echo "make sanitize: libasan not found; it comes with GCC, or as a package of its own" >&2; exit 1; }
+	cd tests && $(SANITIZED) $(abspath $(BIN))/python -c \
+		"import torch, fastgpt._cpu as c; assert 'build/sanitize' in c.__file__, c.__file__"
 	set -e; for isa in baseline avx2 avx512; do \
 		export FASTGPT_CPU_ISA=$$isa; \
 		if [ $$isa != baseline ] && ! $(BIN)/python -c "import torch, fastgpt._cpu" 2> /dev/null; then \

@@ -166,7 +166,9 @@ def _chosen(
     return resolve(call_type(*metadata, names), asked)
 
 
-@traced_as_constant
+_choose_while_tracing = traced_as_constant(lambda *key: _chosen(*key))
+
+
 def choose(
     asked: str,
     call_type: Callable[..., Call],
@@ -177,7 +179,11 @@ def choose(
     """:func:`resolve` of ``call_type(*metadata, those of features that are used)``, remembered;
     torch.compile takes it for a constant.
     """
-    return _chosen(asked, call_type, features, used, metadata)
+    if not torch.compiler.is_compiling():
+        return _chosen(asked, call_type, features, used, metadata)
+    # A comparison of a symbolic number is symbolic; the branches here make it a guard, and what is left constant.
+    features = tuple(name for name, is_used in zip(features, used, strict=True) if is_used)
+    return _choose_while_tracing(asked, call_type, features, (True,) * len(features), metadata)
 
 
 def warn_if_slow(asked: str, op: str, elements: int, stacklevel: int) -> None:

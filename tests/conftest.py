@@ -3,10 +3,8 @@ memory of the CPU kernels."""
 
 import pytest
 import torch
+from backends import poison_scratch
 from hypothesis import settings
-
-import fastgpt
-from fastgpt import dispatch
 
 # How many random cases each test of tests/test_random.py draws; --hypothesis-profile=nightly chooses more.
 settings.register_profile("test", max_examples=25, deadline=None)
@@ -14,17 +12,10 @@ settings.register_profile("nightly", max_examples=600, deadline=None)
 settings.load_profile("test")
 
 
-def _poison_scratch() -> None:
-    if dispatch.unavailable("cpu"):
-        return
-    nan = [torch.full((1, 128, 4, 64), torch.nan, requires_grad=True) for _ in range(3)]
-    fastgpt.attention(*nan, backend="cpu").sum().backward()
-
-
 @pytest.fixture(autouse=True)
 def poison():
     torch.use_deterministic_algorithms(True)  # with it, fill_uninitialized_memory (on by default) works
-    _poison_scratch()
+    poison_scratch()
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -641,6 +641,31 @@ def test_compile_fullgraph(backend, dynamic):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_with_numbers_that_vary(dynamic):
+    """torch.compile makes a number symbolic that it meets with a second value."""
+    state = torch.tensor([3, 4])
+
+    def f(q, softcap, window, dropout_p, scale):
+        return fastgpt.attention(
+            q,
+            q,
+            q,
+            softcap=softcap,
+            window_size=(window, window),
+            dropout_p=dropout_p,
+            rng_state=state,
+            softmax_scale=scale,
+            backend="cpu",
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    q = torch.randn(1, 9, 2, 8)
+    for numbers in ((5.0, 4, 0.1, 0.3), (7.0, 3, 0.2, 0.4), (0.0, -1, 0.0, 0.5)):
+        torch.testing.assert_close(compiled(q, *numbers), f(q, *numbers))
+
+
 def test_export():
     class Module(torch.nn.Module):
         def forward(self, q):

@@ -369,6 +369,27 @@ def test_compile_fullgraph(backend, dynamic):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_with_numbers_that_vary(dynamic):
+    @torch.no_grad()
+    def f(q, cache, softcap, window, num_splits):
+        return fastgpt.attention_with_kvcache(
+            q,
+            *cache,
+            cache_seqlens=20,
+            softcap=softcap,
+            window_size=(window, -1),
+            num_splits=num_splits,
+            backend="cpu",
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    q, cache = torch.randn(1, 1, 4, 8), torch.randn(2, 1, 30, 2, 8)
+    for numbers in ((5.0, 4, 1), (7.0, 3, 2), (0.0, -1, 0)):
+        torch.testing.assert_close(compiled(q, cache, *numbers), f(q, cache, *numbers))
+
+
 GOOD = DecodeCase(1, 1, 20, (3, 9), 4, 2, 8, 8)
 
 

@@ -19,6 +19,7 @@
 constexpr int64_t kSplitKeys = 256;    // of a part
 constexpr int64_t kMinSplitKeys = 16;  // of a part with num_splits: bounds the memory of the states
 constexpr int64_t kUnitRows = 32;      // of a unit's heads together: their q and acc stay in the caches
+constexpr int64_t kUnitsOfThread = 4;  // at least, where a unit has several heads
 constexpr int64_t kDecodeBlock = 64;   // keys whose scores are held at a time
 constexpr int64_t kStreams = 8;        // keys that are read side by side; twice as many of less than a page
 constexpr int64_t kPageBytes = 4096;
@@ -35,8 +36,9 @@ constexpr int64_t kLine = 64 / sizeof(T);
 FASTGPT_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // scores[r][j] = q_r . k_j for `keys` keys k_j = k[j] + offset and kRows rows of a head, of each of kHeads
-// heads. A row of q is kWidth floats wide, zero behind dim; the next head's are q_head further, its keys
-// k_head. Meanwhile the same columns of the row `ahead` places further in k are prefetched.
+// heads. A row of q has `width` floats, zero behind dim; the next head's are q_head further, its keys k_head.
+// Meanwhile the same columns of the row `ahead` places further in k are prefetched: where that is a row of
+// the other cache and its strides are others, not quite what will be read.
 template <int kHeads, int kRows, class T>
 void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const T* const* k, int64_t offset,
               int64_t k_head, int64_t ahead, int64_t keys, float* scores, int64_t scores_head) {
@@ -79,8 +81,7 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
   }
 }
 
-// out[r][d:] += sum_j probs[r][j] v_j[d:] for kRows rows and kVectors vectors of the head dim, v_j = v[j] +
-// d.
+// out[r] += sum_j probs[r][j] v_j for kRows rows and kVectors vectors of the head dim, v_j = v[j] + offset.
 template <int kRows, int kVectors, class T>
 FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, int64_t offset, int64_t ahead,
                                        int64_t keys, float* out, int64_t width) {
@@ -177,8 +178,10 @@ struct Decode {
   // Of any sequence: a shorter one may be cut into more parts than the longest is.
   int64_t parts_max = p.num_splits ? min(p.num_splits, (p.seqlen_k + kMinSplitKeys - 1) / kMinSplitKeys)
                                    : (p.seqlen_k + kSplitKeys - 1) / kSplitKeys;
-  // Neighbouring heads of a unit, fewer where that would leave threads without work; one, if a head's keys
-  // lie side by side. The bits do not depend on it.
+  int64_t kv_bytes = p.batch * p.nheads_k * p.seqlen_k * (p.headdim + p.headdim_v) * sizeof(KV);
+  int threads = kv_bytes < kSerialBytes ? 1 : p.num_threads;
+  // Neighbouring heads of a unit, fewer where threads would wait for the last of a few units; one, if a
+  // head's keys lie side by side. The bits do not depend on it.
   int64_t heads = p.k.head_stride < p.k.seq_stride ? shared_heads() : 1;
   int64_t head_blocks = (p.nheads_k + heads - 1) / heads;
   // The states of all heads of each part in turn, and the threads' workspaces.
@@ -187,7 +190,9 @@ struct Decode {
 
   int64_t shared_heads() const {
     int64_t n = max(1, min(p.nheads_k, kUnitRows / max(1, rows)));
-    while (n > 1 && p.batch * parts_max * ((p.nheads_k + n - 1) / n) < p.num_threads) n = (n + 1) / 2;
+    int64_t all_parts = 0;
+    for (int64_t b = 0; b < p.batch; b++) all_parts += parts(b);
+    while (n > 1 && all_parts * ((p.nheads_k + n - 1) / n) < kUnitsOfThread * threads) n = (n + 1) / 2;
     return n;
   }
 
@@ -227,8 +232,6 @@ struct Decode {
   }
 
   void run() {
-    int64_t kv_bytes = p.batch * p.nheads_k * p.seqlen_k * (p.headdim + p.headdim_v) * sizeof(KV);
-    int threads = kv_bytes < kSerialBytes ? 1 : p.num_threads;
     bool tiled = rows > kDecodeRows;
     int64_t tokens = p.seqlen_new + (p.rotary_dim ? p.seqlen_q : 0);
     int64_t units = p.batch * head_blocks * parts_max, all_states = p.batch * p.nheads_k * parts_max;
