@@ -181,7 +181,7 @@ def choose(
     """
     if not torch.compiler.is_compiling():
         return _chosen(asked, call_type, features, used, metadata)
-    # A comparison of a symbolic number is symbolic; the branches here make it a guard, what is left is constant.
+    # Comparing a symbolic number gives a symbolic answer; branching on it makes it a guard and a constant.
     features = tuple(name for name, is_used in zip(features, used, strict=True) if is_used)
     return _choose_while_tracing(asked, call_type, features, (True,) * len(features), metadata)
 
