@@ -65,14 +65,10 @@ def judge(draw: Callable[[], list[tuple[str, torch.Tensor, torch.Tensor, torch.T
     Over a few elements the error of plain PyTorch is a matter of luck, and may be 0. There, several draws are
     judged as one.
     """
-
-    def poisoned_draw():
-        poison_scratch()  # what the draw before has left there is finite
-        return draw()
-
-    draws = [poisoned_draw()]
+    poison_scratch()  # what the example before has left there is finite
+    draws = [draw()]
     fewest = min((exact.numel() for *_, exact in draws[0] if exact.numel()), default=64)
-    draws += [poisoned_draw() for _ in range(min(64 // fewest, 16) - 1)]
+    draws += [draw() for _ in range(min(64 // fewest, 16) - 1)]
     for results in zip(*draws, strict=True):
         names, *values = zip(*results, strict=True)
         got, plain, exact = (torch.stack([t.double() for t in tensors]) for tensors in values)
