@@ -46,11 +46,11 @@ SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print
 	PYTHONPATH=$(abspath build/sanitize) FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu
 
 sanitize: $(VENV)/.stamp-dev
+	@test -e "$$($(CXX) -print-file-name=libasan.so)" || { \
+		echo "make sanitize: libasan not found; it comes with GCC, or as a package of its own" >&2; exit 1; }
 	rm -rf build/sanitize
 	FASTGPT_SANITIZE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target build/sanitize .
-	@test -e "$$($(CXX) -print-file-name=libasan.so)" || { \
-		echo "make sanitize: libasan not found; it comes with GCC, or as a package of its own" >&2; exit 1; }
 	cd tests && $(SANITIZED) $(abspath $(BIN))/python -c \
 		"import torch, fastgpt._cpu as c; assert 'build/sanitize' in c.__file__, c.__file__"
 	set -e; for isa in baseline avx2 avx512; do \

@@ -43,7 +43,7 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
-        for t in tensors:  # a generator in any() costs as much as the rest of the call
+        for t in tensors:  # any() of a generator takes several times as long
             if t is not None and t.requires_grad:
                 return True
     return False
