@@ -121,8 +121,9 @@ def requested(backend: str | None) -> str:
     Raises:
         ValueError: the name is not a backend.
     """
-    origin = "backend" if backend is not None else "FASTGPT_BACKEND"
-    name = backend if backend is not None else os.environ.get("FASTGPT_BACKEND") or "auto"
+    name, origin = backend, "backend"
+    if backend is None:
+        name, origin = os.environ.get("FASTGPT_BACKEND") or "auto", "FASTGPT_BACKEND"
     if not isinstance(name, str):
         raise TypeError(f"{origin}: got {name!r}, expected the name of a backend")
     if name != "auto" and name not in BACKENDS:

@@ -566,8 +566,11 @@ BAD_INPUT = {
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_writes_nothing(name):
     changes, error, message = BAD_INPUT[name]
-    with pytest.raises(error, match=message):
-        bad(**changes)
+    q, k_cache, v_cache, k, v, lengths = make(GOOD, torch.float32, fill=0)
+    fastgpt.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths)
+    for _ in range(2):  # neither what passed the checks before nor what did not hides it
+        with pytest.raises(error, match=message):
+            bad(**changes)
 
 
 def test_bad_cache_sizes():

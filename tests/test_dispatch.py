@@ -15,6 +15,7 @@ from test_structure import PACKAGE, python
 
 import fastgpt
 from fastgpt import dispatch
+from fastgpt.ops import checks
 from fastgpt.ops.attention.spec import AttentionCall
 from fastgpt.ops.native import refusals
 
@@ -188,3 +189,10 @@ def test_kernels_of_one_instruction_set_share_no_function_with_another():
         listing = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
         weak = [line for line in listing.splitlines() if re.match(r"\S* [WVu] ", line)]
         assert [line for line in weak if "DW.ref.__gxx_personality" not in line] == [], path
+
+
+def test_signatures_are_forgotten_where_there_are_many():
+    passed = set()
+    for length in range(2 * checks.MOST_REMEMBERED):
+        checks.remember(passed, checks.signature(torch.empty(length, device="meta")))
+    assert 0 < len(passed) <= checks.MOST_REMEMBERED

@@ -1,5 +1,5 @@
-// fastgpt._cpu: the Python binding of the CPU kernels. Everything about a tensor arrives as a pointer,
-// sizes and strides; the Python side (fastgpt/ops/*/cpu.py) has checked them.
+// fastgpt._cpu: the Python binding of the CPU kernels. It takes torch's tensors as any Python objects with
+// data_ptr(), shape, stride() and dtype; the Python side (fastgpt/ops/*/cpu.py) has checked them.
 
 #include <pthread.h>
 #include <pybind11/pybind11.h>
@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <new>
 #include <optional>
 #include <tuple>
@@ -77,43 +78,117 @@ struct KernelScope {
   }
 };
 
+// The dtypes that a kernel may be given, and their names in torch.
+enum class Element { f32, bf16, f16, boolean, int8, e4m3 };
+static const char* const kElementNames[] = {"float32", "bfloat16", "float16",
+                                            "bool",    "int8",     "float8_e4m3fn"};
+static PyObject* element_objects[std::size(kElementNames)];
+
+// What a call of the Python API returned, given up when the scope ends.
+static py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// A tensor of which the rest is known: its memory, null for None and where it has no elements.
+struct Data {
+  py::handle object;  // none for None
+  void* address = nullptr;
+
+  template <class T>
+  operator T*() const {
+    return static_cast<T*>(address);
+  }
+  Element element() const {
+    py::object dtype = checked(PyObject_GetAttrString(object.ptr(), "dtype"));
+    auto found = std::find(std::begin(element_objects), std::end(element_objects), dtype.ptr());
+    if (found == std::end(element_objects))
+      throw py::type_error("no CPU kernel reads " + std::string(py::str(dtype)));
+    return static_cast<Element>(found - std::begin(element_objects));
+  }
+  DType dtype() const { return static_cast<DType>(element()); }
+};
+
+// A tensor of up to four axes; of none for None.
+struct Array : Data {
+  int64_t ndim = 0, sizes[4], strides[4];
+
+  int64_t size(int64_t from_end) const { return sizes[ndim - from_end]; }
+  int64_t stride(int64_t from_end) const { return strides[ndim - from_end]; }
+};
+
+static_assert(static_cast<int>(Element::bf16) == static_cast<int>(DType::bf16) &&
+              static_cast<int>(Element::f16) == static_cast<int>(DType::f16) &&
+              static_cast<int>(Element::boolean) == static_cast<int>(BiasType::boolean));
+
+}  // namespace fastgpt
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fastgpt::Data> {
+  PYBIND11_TYPE_CASTER(fastgpt::Data, const_name("torch.Tensor | None"));
+  bool load(handle tensor, bool) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    if (tensor.is_none()) return true;
+    object address = fastgpt::checked(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
+    value.address = PyLong_AsVoidPtr(address.ptr());
+    value.object = tensor;
+    return true;
+  }
+};
+
+template <>
+struct type_caster<fastgpt::Array> {
+  PYBIND11_TYPE_CASTER(fastgpt::Array, const_name("torch.Tensor | None"));
+  bool load(handle tensor, bool convert) {
+    static PyObject *const shape = PyUnicode_InternFromString("shape"), *const stride =
+                                                                            PyUnicode_InternFromString(
+                                                                                "stride");
+    make_caster<fastgpt::Data> data;
+    data.load(tensor, convert);
+    static_cast<fastgpt::Data&>(value) = cast_op<fastgpt::Data&>(data);
+    if (tensor.is_none()) return true;
+    object sizes = fastgpt::checked(PyObject_GetAttr(tensor.ptr(), shape));
+    object strides = fastgpt::checked(PyObject_CallMethodNoArgs(tensor.ptr(), stride));
+    value.ndim = PyTuple_Size(sizes.ptr());
+    if (value.ndim < 0) throw error_already_set();
+    if (value.ndim > 4) return false;
+    for (int64_t axis = 0; axis < value.ndim; axis++) {
+      value.sizes[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), axis));
+      value.strides[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), axis));
+    }
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace fastgpt {
 namespace {
 
-typedef std::tuple<uintptr_t, int64_t, int64_t, int64_t> PyTensor;  // pointer; batch, seq, head stride
-typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> PySizes;
-typedef std::tuple<int64_t, int64_t, int64_t, int64_t> PyMergeSizes;  // batch, seqlen, nheads, headdim_v
+// (batch, seq, head, dim) or, packed, (seq, head, dim).
+Tensor tensor(const Array& t) {
+  if (t.ndim == 0) return {};
+  return {t.address, t.ndim == 4 ? t.strides[0] : 0, t.stride(3), t.stride(2)};
+}
+
+// (batch, head, seq) or, packed, (head, seq).
+Tensor rows(const Array& t) {
+  if (t.ndim == 0) return {};
+  return {t.address, t.ndim == 3 ? t.strides[0] : 0, t.stride(1), t.stride(2)};
+}
+
+// Of (heads) or (batch, heads).
+int64_t batch_stride(const Array& t) { return t.ndim == 2 ? t.strides[0] : 0; }
 
 template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Tensor tensor(const PyTensor& t) {
-  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
-}
-
-void set_attention(AttentionParams& p, int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k,
-                   const PyTensor& v, const PyTensor& out, uintptr_t lse, float softmax_scale,
-                   int64_t window_left, int64_t window_right, int num_threads) {
-  p.dtype = static_cast<DType>(dtype);
-  std::tie(p.batch, p.seqlen_q, p.seqlen_k, p.nheads, p.nheads_k, p.headdim, p.headdim_v) = sizes;
-  p.q = tensor(q);
-  p.k = tensor(k);
-  p.v = tensor(v);
-  p.out = tensor(out);
-  p.lse = pointer<float>(lse);
-  p.softmax_scale = softmax_scale;
-  p.window_left = window_left;
-  p.window_right = window_right;
-  p.num_threads = usable_threads(num_threads);
-}
-
-typedef std::tuple<int64_t, int64_t, int64_t, int64_t> PyStrides;  // batch, head, query, key
-
-template <class Data>
-void set_bias(BiasTensor<Data>& bias, uintptr_t data, const PyStrides& strides) {
-  bias.data = pointer<Data>(data);
-  std::tie(bias.batch_stride, bias.head_stride, bias.query_stride, bias.key_stride) = strides;
+void set_bias(BiasTensor<T>& bias, const Array& t) {
+  if (t.ndim == 0) return;
+  bias.data = t;
+  int64_t* const strides[] = {&bias.batch_stride, &bias.head_stride, &bias.query_stride, &bias.key_stride};
+  for (int axis = 0; axis < 4; axis++) *strides[axis] = t.sizes[axis] == 1 ? 0 : t.strides[axis];
 }
 
 typedef std::tuple<uint32_t, uint32_t, uint64_t, float> PyDropout;  // the fields of Dropout
@@ -122,60 +197,60 @@ void set_dropout(Dropout& p, const std::optional<PyDropout>& dropout) {
   if (dropout) std::tie(p.dropout_threshold, p.dropout_offset, p.dropout_seed, p.dropout_scale) = *dropout;
 }
 
-// What varies a call beyond plain attention: the fields of AttentionParams from cu_seqlens_q to
-// dropout_scale; leaves the defaults where it is None.
-typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t,  // sequences
-                   float, uintptr_t, int64_t, uintptr_t,        // softcap, alibi, sink
-                   uintptr_t, int, PyStrides,                   // bias
-                   uint32_t, uint32_t, uint64_t, float>         // dropout
-    PyOptions;
-
-void set_options(AttentionParams& p, const std::optional<PyOptions>& options) {
-  if (!options) return;
-  uintptr_t cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, alibi_slopes, sink, bias;
-  int bias_type;
-  PyStrides strides;
-  std::tie(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, p.softcap, alibi_slopes, p.alibi_batch_stride,
-           sink, bias, bias_type, strides, p.dropout_threshold, p.dropout_offset, p.dropout_seed,
-           p.dropout_scale) = *options;
-  p.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
-  p.cu_seqlens_k = pointer<const int32_t>(cu_seqlens_k);
-  p.seqused_k = pointer<const int32_t>(seqused_k);
-  p.leftpad_k = pointer<const int32_t>(leftpad_k);
-  p.alibi_slopes = pointer<const float>(alibi_slopes);
-  p.sink = pointer<const float>(sink);
-  set_bias(p.bias, bias, strides);
-  p.bias.type = static_cast<BiasType>(bias_type);
+void set_attention(AttentionParams& p, const Array& q, const Array& k, const Array& v, const Array& out,
+                   Data lse, float softmax_scale, int64_t window_left, int64_t window_right, float softcap,
+                   const Array& alibi_slopes, Data sink, int num_threads) {
+  p.dtype = q.dtype();
+  p.batch = q.ndim == 4 ? q.sizes[0] : 1;
+  p.seqlen_q = q.size(3);
+  p.seqlen_k = k.size(3);
+  p.nheads = q.size(2);
+  p.nheads_k = k.size(2);
+  p.headdim = q.size(1);
+  p.headdim_v = v.size(1);
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.out = tensor(out);
+  p.lse = lse;
+  p.softmax_scale = softmax_scale;
+  p.window_left = window_left;
+  p.window_right = window_right;
+  p.softcap = softcap;
+  p.alibi_slopes = alibi_slopes;
+  p.alibi_batch_stride = batch_stride(alibi_slopes);
+  p.sink = sink;
+  p.num_threads = usable_threads(num_threads);
 }
 
-// The same for attention over a KV cache.
-typedef std::tuple<float, uintptr_t, int64_t, uintptr_t,      // softcap, alibi, sink
-                   uintptr_t, uintptr_t, uintptr_t, int64_t,  // cache_batch_idx, leftpad, block_table
-                   int, uintptr_t, uintptr_t, int64_t,        // cache type, descales
-                   uintptr_t, uintptr_t, int, int64_t, bool, PyTensor>  // rotary
-    PyDecodeOptions;
+void set_sequences(AttentionParams& p, const Array& cu_seqlens_q, Data cu_seqlens_k, Data seqused_k,
+                   Data leftpad_k) {
+  if (cu_seqlens_q.ndim) p.batch = cu_seqlens_q.sizes[0] - 1;
+  p.cu_seqlens_q = cu_seqlens_q;
+  p.cu_seqlens_k = cu_seqlens_k;
+  p.seqused_k = seqused_k;
+  p.leftpad_k = leftpad_k;
+}
 
-void set_options(DecodeParams& p, int64_t page_size, const std::optional<PyDecodeOptions>& options) {
-  if (!options) return;
-  uintptr_t alibi_slopes, sink, cache_batch_idx, leftpad_k, block_table, k_descale, v_descale, cos, sin;
-  int cache_type, rotary_dtype;
-  PyTensor q_source;
-  std::tie(p.softcap, alibi_slopes, p.alibi_batch_stride, sink, cache_batch_idx, leftpad_k, block_table,
-           p.block_table_stride, cache_type, k_descale, v_descale, p.descale_batch_stride, cos, sin,
-           rotary_dtype, p.rotary_dim, p.rotary_interleaved, q_source) = *options;
-  p.alibi_slopes = pointer<const float>(alibi_slopes);
-  p.sink = pointer<const float>(sink);
-  p.cache_batch_idx = pointer<const int32_t>(cache_batch_idx);
-  p.leftpad_k = pointer<const int32_t>(leftpad_k);
-  p.block_table = pointer<const int32_t>(block_table);
-  p.page_size = page_size;
-  p.cache_type = static_cast<CacheType>(cache_type);
-  p.k_descale = pointer<const float>(k_descale);
-  p.v_descale = pointer<const float>(v_descale);
-  p.rotary_cos = pointer<const void>(cos);
-  p.rotary_sin = pointer<const void>(sin);
-  p.rotary_dtype = static_cast<DType>(rotary_dtype);
-  p.q_source = tensor(q_source);
+void set_bias(AttentionParams& p, const Array& bias) {
+  if (bias.ndim == 0) return;
+  set_bias<const void>(p.bias, bias);
+  p.bias.type = static_cast<BiasType>(bias.element());
+}
+
+template <class Params>
+void set_merge(Params& p, const Array& out_a, const Array& lse_a, const Array& out_b, const Array& lse_b,
+               int num_threads) {
+  p.dtype = out_a.dtype();
+  p.batch = out_a.ndim == 4 ? out_a.sizes[0] : 1;
+  p.seqlen = out_a.size(3);
+  p.nheads = out_a.size(2);
+  p.headdim_v = out_a.size(1);
+  p.out_a = tensor(out_a);
+  p.lse_a = rows(lse_a);
+  p.out_b = tensor(out_b);
+  p.lse_b = rows(lse_b);
+  p.num_threads = usable_threads(num_threads);
 }
 
 }  // namespace
@@ -186,194 +261,173 @@ PYBIND11_MODULE(_cpu, m) {
   Isa isa = choose_isa(std::getenv("FASTGPT_CPU_ISA"));  // what it throws becomes an ImportError
   const Kernels* kernels = isa.kernels;
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  py::module_ torch = py::module_::import("torch");
+  for (size_t i = 0; i < std::size(kElementNames); i++)
+    element_objects[i] = py::object(torch.attr(kElementNames[i])).release().ptr();
   m.attr("isa") = isa.name;
   m.attr("built_isas") = FASTGPT_ISAS;
 
-  m.def(
-      "attention_forward",
-      [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k, const PyTensor& v,
-                const PyTensor& out, uintptr_t lse, float softmax_scale, int64_t window_left,
-                int64_t window_right, int num_threads, const std::optional<PyOptions>& options) {
-        AttentionParams p;
-        set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right,
-                      num_threads);
-        set_options(p, options);
-        KernelScope scope;
-        kernels->attention_forward(p);
-      },
-      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-      py::arg("lse"), py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"),
-      py::arg("num_threads"), py::arg("options"));
+  m.def("attention_forward",
+        [kernels](const Array& q, const Array& k, const Array& v, const Array& out, Data lse,
+                  const Array& cu_seqlens_q, Data cu_seqlens_k, Data seqused_k, Data leftpad_k,
+                  const Array& alibi_slopes, Data sink, const Array& bias,
+                  const std::optional<PyDropout>& dropout, float softmax_scale, int64_t window_left,
+                  int64_t window_right, float softcap, int num_threads) {
+          AttentionParams p;
+          set_attention(p, q, k, v, out, lse, softmax_scale, window_left, window_right, softcap, alibi_slopes,
+                        sink, num_threads);
+          set_sequences(p, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k);
+          set_bias(p, bias);
+          set_dropout(p, dropout);
+          KernelScope scope;
+          kernels->attention_forward(p);
+        });
 
-  m.def(
-      "attention_backward",
-      [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k, const PyTensor& v,
-                const PyTensor& out, uintptr_t lse, const PyTensor& dout, uintptr_t dlse, const PyTensor& dq,
-                const PyTensor& dk, const PyTensor& dv, uintptr_t dsink, uintptr_t dbias,
-                const PyStrides& dbias_strides, float softmax_scale, int64_t window_left,
-                int64_t window_right, int num_threads, const std::optional<PyOptions>& options) {
-        AttentionBackwardParams p;
-        set_attention(p, dtype, sizes, q, k, v, out, lse, softmax_scale, window_left, window_right,
-                      num_threads);
-        set_options(p, options);
-        p.dsink = pointer<float>(dsink);
-        set_bias(p.dbias, dbias, dbias_strides);
-        p.dout = tensor(dout);
-        p.dlse = pointer<const float>(dlse);
-        p.dq = tensor(dq);
-        p.dk = tensor(dk);
-        p.dv = tensor(dv);
-        KernelScope scope;
-        kernels->attention_backward(p);
-      },
-      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-      py::arg("lse"), py::arg("dout"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-      py::arg("dsink"), py::arg("dbias"), py::arg("dbias_strides"), py::arg("softmax_scale"),
-      py::arg("window_left"), py::arg("window_right"), py::arg("num_threads"), py::arg("options"));
+  m.def("attention_backward",
+        [kernels](const Array& q, const Array& k, const Array& v, const Array& out, Data lse,
+                  const Array& dout, Data dlse, const Array& dq, const Array& dk, const Array& dv, Data dsink,
+                  const Array& dbias, const Array& cu_seqlens_q, Data cu_seqlens_k, Data seqused_k,
+                  Data leftpad_k, const Array& alibi_slopes, Data sink, const Array& bias,
+                  const std::optional<PyDropout>& dropout, float softmax_scale, int64_t window_left,
+                  int64_t window_right, float softcap, int num_threads) {
+          AttentionBackwardParams p;
+          set_attention(p, q, k, v, out, lse, softmax_scale, window_left, window_right, softcap, alibi_slopes,
+                        sink, num_threads);
+          set_sequences(p, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k);
+          set_bias(p, bias);
+          set_dropout(p, dropout);
+          p.dout = tensor(dout);
+          p.dlse = dlse;
+          p.dq = tensor(dq);
+          p.dk = tensor(dk);
+          p.dv = tensor(dv);
+          p.dsink = dsink;
+          set_bias<float>(p.dbias, dbias);
+          KernelScope scope;
+          kernels->attention_backward(p);
+        });
 
-  m.def(
-      "decode",
-      [kernels](int dtype, const PySizes& sizes, const PyTensor& q, const PyTensor& k_cache,
-                const PyTensor& v_cache, const PyTensor& out, uintptr_t lse, uintptr_t cache_seqlens,
-                int64_t seqlen_new, const PyTensor& k_new, const PyTensor& v_new, float softmax_scale,
-                int64_t window_left, int64_t window_right, int64_t num_splits, int num_threads,
-                const std::optional<PyDecodeOptions>& options) {
-        DecodeParams p;
-        set_attention(p, dtype, sizes, q, k_cache, v_cache, out, lse, softmax_scale, window_left,
-                      window_right, num_threads);
-        set_options(p, p.seqlen_k, options);
-        const int32_t* lengths = pointer<const int32_t>(cache_seqlens);
-        std::vector<int32_t> seqused_k(p.batch);
-        p.seqlen_k = 0;
-        for (int64_t b = 0; b < p.batch; b++) {
-          seqused_k[b] = static_cast<int32_t>(lengths[b] + seqlen_new);
-          p.seqlen_k = std::max<int64_t>(p.seqlen_k, seqused_k[b]);
-        }
-        p.seqused_k = seqused_k.data();
-        p.seqlen_new = seqlen_new;
-        p.k_new = tensor(k_new);
-        p.v_new = tensor(v_new);
-        p.num_splits = num_splits;
-        KernelScope scope;
-        kernels->decode(p);
-      },
-      py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
-      py::arg("out"), py::arg("lse"), py::arg("cache_seqlens"), py::arg("seqlen_new"), py::arg("k_new"),
-      py::arg("v_new"), py::arg("softmax_scale"), py::arg("window_left"), py::arg("window_right"),
-      py::arg("num_splits"), py::arg("num_threads"), py::arg("options"));
+  m.def("decode",
+        [kernels](const Array& q, const Array& k_cache, const Array& v_cache, const Array& out, Data lse,
+                  const Array& k_new, const Array& v_new, const Array& cache_seqlens, const Array& rotary_cos,
+                  Data rotary_sin, Data cache_batch_idx, Data cache_leftpad, const Array& block_table,
+                  const Array& alibi_slopes, Data sink, const Array& k_descale, Data v_descale,
+                  const Array& q_source, float softmax_scale, int64_t window_left, int64_t window_right,
+                  float softcap, bool rotary_interleaved, int64_t num_splits, int num_threads) {
+          DecodeParams p;
+          set_attention(p, q, k_cache, v_cache, out, lse, softmax_scale, window_left, window_right, softcap,
+                        alibi_slopes, sink, num_threads);
+          p.seqlen_new = k_new.ndim ? k_new.size(3) : 0;
+          const int32_t* lengths = cache_seqlens;
+          std::vector<int32_t> seqused_k(p.batch);
+          p.page_size = p.seqlen_k;
+          p.seqlen_k = 0;
+          for (int64_t b = 0; b < p.batch; b++) {
+            seqused_k[b] = static_cast<int32_t>(lengths[b] + p.seqlen_new);
+            p.seqlen_k = std::max<int64_t>(p.seqlen_k, seqused_k[b]);
+          }
+          p.seqused_k = seqused_k.data();
+          p.leftpad_k = cache_leftpad;
+          p.k_new = tensor(k_new);
+          p.v_new = tensor(v_new);
+          p.num_splits = num_splits;
+          p.cache_batch_idx = cache_batch_idx;
+          p.block_table = block_table;
+          p.block_table_stride = batch_stride(block_table);
+          if (Element element = k_cache.element(); element == Element::int8 || element == Element::e4m3)
+            p.cache_type = element == Element::int8 ? CacheType::int8 : CacheType::e4m3;
+          p.k_descale = k_descale;
+          p.v_descale = v_descale;
+          p.descale_batch_stride = batch_stride(k_descale);
+          if (rotary_cos.ndim) {
+            p.rotary_dtype = rotary_cos.dtype();
+            p.rotary_dim = 2 * rotary_cos.sizes[1];
+          }
+          p.rotary_cos = rotary_cos;
+          p.rotary_sin = rotary_sin;
+          p.rotary_interleaved = rotary_interleaved;
+          p.q_source = tensor(q_source);
+          KernelScope scope;
+          kernels->decode(p);
+        });
 
-  m.def(
-      "norm_forward",
-      [kernels](int dtype, int weight_dtype, int64_t rows, int64_t hidden, uintptr_t x, int64_t x_stride,
-                uintptr_t residual, int64_t residual_stride, uintptr_t weight, uintptr_t bias, float eps,
-                uintptr_t out, uintptr_t residual_out, uintptr_t mean, uintptr_t rstd, int num_threads,
-                const std::optional<PyDropout>& dropout) {
-        NormForwardParams p;
-        p.dtype = static_cast<DType>(dtype);
-        p.weight_dtype = static_cast<DType>(weight_dtype);
-        p.rows = rows;
-        p.hidden = hidden;
-        p.x = pointer<const void>(x);
-        p.x_stride = x_stride;
-        p.residual = pointer<const void>(residual);
-        p.residual_stride = residual_stride;
-        p.weight = pointer<const void>(weight);
-        p.bias = pointer<const void>(bias);
-        p.eps = eps;
-        p.out = pointer<void>(out);
-        p.residual_out = pointer<void>(residual_out);
-        p.mean = pointer<float>(mean);
-        p.rstd = pointer<float>(rstd);
-        p.num_threads = usable_threads(num_threads);
-        set_dropout(p, dropout);
-        KernelScope scope;
-        kernels->norm_forward(p);
-      },
-      py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("x"),
-      py::arg("x_stride"), py::arg("residual"), py::arg("residual_stride"), py::arg("weight"),
-      py::arg("bias"), py::arg("eps"), py::arg("out"), py::arg("residual_out"), py::arg("mean"),
-      py::arg("rstd"), py::arg("num_threads"), py::arg("dropout"));
+  m.def("norm_forward",
+        [kernels](int64_t rows, int64_t hidden, Data x, int64_t x_stride, Data residual,
+                  int64_t residual_stride, Data weight, Data bias, Data out, Data residual_out, Data mean,
+                  Data rstd, const std::optional<PyDropout>& dropout, float eps, int num_threads) {
+          NormForwardParams p;
+          p.dtype = x.dtype();
+          p.weight_dtype = weight.object ? weight.dtype() : bias.object ? bias.dtype() : p.dtype;
+          p.rows = rows;
+          p.hidden = hidden;
+          p.x = x;
+          p.x_stride = x_stride;
+          p.residual = residual;
+          p.residual_stride = residual_stride;
+          p.weight = weight;
+          p.bias = bias;
+          p.eps = eps;
+          p.out = out;
+          p.residual_out = residual_out;
+          p.mean = mean;
+          p.rstd = rstd;
+          p.num_threads = usable_threads(num_threads);
+          set_dropout(p, dropout);
+          KernelScope scope;
+          kernels->norm_forward(p);
+        });
 
-  m.def(
-      "norm_backward",
-      [kernels](int dtype, int weight_dtype, int64_t rows, int64_t hidden, uintptr_t dout,
-                int64_t dout_stride, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t dresidual,
-                int64_t dresidual_stride, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dsum,
-                uintptr_t dweight, uintptr_t dbias, int num_threads,
-                const std::optional<PyDropout>& dropout) {
-        NormBackwardParams p;
-        p.dtype = static_cast<DType>(dtype);
-        p.weight_dtype = static_cast<DType>(weight_dtype);
-        p.rows = rows;
-        p.hidden = hidden;
-        p.dout = pointer<const void>(dout);
-        p.dout_stride = dout_stride;
-        p.x = pointer<const void>(x);
-        p.x_stride = x_stride;
-        p.weight = pointer<const void>(weight);
-        p.dresidual = pointer<const void>(dresidual);
-        p.dresidual_stride = dresidual_stride;
-        p.mean = pointer<const float>(mean);
-        p.rstd = pointer<const float>(rstd);
-        p.dx = pointer<void>(dx);
-        p.dsum = pointer<void>(dsum);
-        p.dweight = pointer<void>(dweight);
-        p.dbias = pointer<void>(dbias);
-        p.num_threads = usable_threads(num_threads);
-        set_dropout(p, dropout);
-        KernelScope scope;
-        kernels->norm_backward(p);
-      },
-      py::arg("dtype"), py::arg("weight_dtype"), py::arg("rows"), py::arg("hidden"), py::arg("dout"),
-      py::arg("dout_stride"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("dresidual"),
-      py::arg("dresidual_stride"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dsum"),
-      py::arg("dweight"), py::arg("dbias"), py::arg("num_threads"), py::arg("dropout"));
+  m.def("norm_backward", [kernels](int64_t rows, int64_t hidden, Data dout, int64_t dout_stride,
+                                   Data dresidual, int64_t dresidual_stride, Data x, int64_t x_stride,
+                                   Data weight, Data mean, Data rstd, Data dx, Data dsum, Data dweight,
+                                   Data dbias, const std::optional<PyDropout>& dropout, int num_threads) {
+    NormBackwardParams p;
+    p.dtype = x.dtype();
+    p.weight_dtype = dweight.object ? dweight.dtype() : dbias.object ? dbias.dtype() : p.dtype;
+    p.rows = rows;
+    p.hidden = hidden;
+    p.dout = dout;
+    p.dout_stride = dout_stride;
+    p.dresidual = dresidual;
+    p.dresidual_stride = dresidual_stride;
+    p.x = x;
+    p.x_stride = x_stride;
+    p.weight = weight;
+    p.mean = mean;
+    p.rstd = rstd;
+    p.dx = dx;
+    p.dsum = dsum;
+    p.dweight = dweight;
+    p.dbias = dbias;
+    p.num_threads = usable_threads(num_threads);
+    set_dropout(p, dropout);
+    KernelScope scope;
+    kernels->norm_backward(p);
+  });
 
-  m.def(
-      "merge_forward",
-      [kernels](int dtype, const PyMergeSizes& sizes, const PyTensor& out_a, const PyTensor& lse_a,
-                const PyTensor& out_b, const PyTensor& lse_b, const PyTensor& out, const PyTensor& lse,
-                int num_threads) {
-        MergeParams p;
-        p.dtype = static_cast<DType>(dtype);
-        std::tie(p.batch, p.seqlen, p.nheads, p.headdim_v) = sizes;
-        p.out_a = tensor(out_a);
-        p.lse_a = tensor(lse_a);
-        p.out_b = tensor(out_b);
-        p.lse_b = tensor(lse_b);
-        p.out = tensor(out);
-        p.lse = tensor(lse);
-        p.num_threads = usable_threads(num_threads);
-        KernelScope scope;
-        kernels->merge_forward(p);
-      },
-      py::arg("dtype"), py::arg("sizes"), py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
-      py::arg("lse_b"), py::arg("out"), py::arg("lse"), py::arg("num_threads"));
+  m.def("merge_forward", [kernels](const Array& out_a, const Array& lse_a, const Array& out_b,
+                                   const Array& lse_b, const Array& out, const Array& lse, int num_threads) {
+    MergeParams p;
+    set_merge(p, out_a, lse_a, out_b, lse_b, num_threads);
+    p.out = tensor(out);
+    p.lse = rows(lse);
+    KernelScope scope;
+    kernels->merge_forward(p);
+  });
 
-  m.def(
-      "merge_backward",
-      [kernels](int dtype, const PyMergeSizes& sizes, const PyTensor& out_a, const PyTensor& lse_a,
-                const PyTensor& out_b, const PyTensor& lse_b, const PyTensor& dout, const PyTensor& dlse,
-                const PyTensor& dout_a, const PyTensor& dlse_a, const PyTensor& dout_b,
-                const PyTensor& dlse_b, int num_threads) {
-        MergeBackwardParams p;
-        p.dtype = static_cast<DType>(dtype);
-        std::tie(p.batch, p.seqlen, p.nheads, p.headdim_v) = sizes;
-        p.out_a = tensor(out_a);
-        p.lse_a = tensor(lse_a);
-        p.out_b = tensor(out_b);
-        p.lse_b = tensor(lse_b);
-        p.dout = tensor(dout);
-        p.dlse = tensor(dlse);
-        p.dout_a = tensor(dout_a);
-        p.dlse_a = tensor(dlse_a);
-        p.dout_b = tensor(dout_b);
-        p.dlse_b = tensor(dlse_b);
-        p.num_threads = usable_threads(num_threads);
-        KernelScope scope;
-        kernels->merge_backward(p);
-      },
-      py::arg("dtype"), py::arg("sizes"), py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
-      py::arg("lse_b"), py::arg("dout"), py::arg("dlse"), py::arg("dout_a"), py::arg("dlse_a"),
-      py::arg("dout_b"), py::arg("dlse_b"), py::arg("num_threads"));
+  m.def("merge_backward",
+        [kernels](const Array& out_a, const Array& lse_a, const Array& out_b, const Array& lse_b,
+                  const Array& dout, const Array& dlse, const Array& dout_a, const Array& dlse_a,
+                  const Array& dout_b, const Array& dlse_b, int num_threads) {
+          MergeBackwardParams p;
+          set_merge(p, out_a, lse_a, out_b, lse_b, num_threads);
+          p.dout = tensor(dout);
+          p.dlse = rows(dlse);
+          p.dout_a = tensor(dout_a);
+          p.dlse_a = rows(dlse_a);
+          p.dout_b = tensor(dout_b);
+          p.dlse_b = rows(dlse_b);
+          KernelScope scope;
+          kernels->merge_backward(p);
+        });
 }

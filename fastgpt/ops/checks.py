@@ -12,6 +12,8 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32_MAX = 2**31 - 1
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+Signature = tuple[object, ...] | None
+MOST_REMEMBERED = 4096  # signatures of an op: lengths that grow call by call are without end
 _NOTHING = contextlib.nullcontext()
 _C: Any = torch._C  # whose stubs lack some of what is read below
 
@@ -49,16 +51,35 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return False
 
 
-def watched(*tensors: Tensor | None) -> bool:
-    """Whether something around a call has to see it as an operator: torch.compile, a mode, functorch, the
-    profiler, jit.trace, a tensor subclass, a lazy negation. Where nothing has, going past the dispatcher
-    saves as much time as a small kernel takes.
+def signature(*tensors: object) -> Signature:
+    """All that checks read of the tensors. None where that is not all that matters, and the call has to go
+    through the dispatcher: under torch.compile, with a tensor subclass or a lazy negation.
     """
     if torch.compiler.is_compiling():
-        return True
+        return None
+    parts: list[object] = []
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN_TENSORS or t.is_neg()):
-            return True
+        if t is None:
+            parts.append(None)
+        elif type(t) in PLAIN_TENSORS and not t.is_neg():  # type: ignore[attr-defined]
+            parts += (t.shape, t.stride(), t.dtype, t.device)  # type: ignore[attr-defined]
+        else:
+            return None
+    return tuple(parts)
+
+
+def remember(passed: set[Signature], seen: Signature) -> None:
+    """Notes that tensors of this signature have passed an op's checks, slower than a small kernel."""
+    if seen is not None:
+        if len(passed) >= MOST_REMEMBERED:
+            passed.clear()
+        passed.add(seen)
+
+
+def watched() -> bool:
+    """Whether something around a call has to see it as an operator: a mode, functorch, the profiler or
+    jit.trace. Where nothing has, going past the dispatcher saves as much time as a small kernel takes.
+    """
     return (
         _C._len_torch_dispatch_stack() > 0
         or _C._len_torch_function_stack() > 0

@@ -1,4 +1,4 @@
-"""What the ops' CPU backends share: how a tensor is passed to ``fastgpt._cpu``."""
+"""What the ops' CPU backends share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from torch import Tensor
 
 from fastgpt.ops import philox
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/include/fastgpt/params.h
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEADDIM = 256
-NO_TENSOR = (0, 0, 0, 0)
 
 
 def refusals(
@@ -27,18 +26,17 @@ def refusals(
     return reasons + [f"{name} is not written for the CPU kernels yet" for name in missing]
 
 
-def pass_tensor(t: Tensor | None) -> tuple[int, ...]:
-    """Pointer; batch, seq and head stride of a (batch, seq, head, dim) or packed (seq, head, dim) tensor."""
-    if t is None:
-        return NO_TENSOR
-    return (t.data_ptr(), *t.stride()[:3]) if t.dim() == 4 else (t.data_ptr(), 0, *t.stride()[:2])
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
-def pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def contiguous_fp32(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
 
 
-def pass_dropout(dropout_p: float, rng_state: Tensor | None) -> tuple[int, int, int, float]:
+def pass_dropout(dropout_p: float, rng_state: Tensor | None) -> tuple[int, int, int, float] | None:
     """The fields of Dropout in csrc/include/fastgpt/params.h: threshold, offset, seed and scale."""
-    seed, offset = (0, 0) if rng_state is None else rng_state.tolist()
+    if rng_state is None:
+        return None
+    seed, offset = rng_state.tolist()
     return philox.threshold(dropout_p), offset & philox.LOW, seed & (2**64 - 1), 1 / (1 - dropout_p)

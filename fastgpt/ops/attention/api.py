@@ -11,61 +11,87 @@ from fastgpt.ops.attention import library
 from fastgpt.ops.attention.spec import FEATURES, AttentionCall, AttentionSpec, AttentionTensors, used
 from fastgpt.ops.attention.torch import scaled_dot_product_attention
 
-
-def _check_options(
-    q: Tensor,
-    batch: int,
-    seqused_k: Tensor | None,
-    leftpad_k: Tensor | None,
-    softcap: float,
-    dropout_p: float,
-    alibi_slopes: Tensor | None,
-    sink: Tensor | None,
-    attn_bias: Tensor | None,
-    rng_state: Tensor | None,
-    bias_shape: tuple[int, int, int, int] | None,
-) -> Tensor | None:
-    """Checks the rest of the specification; returns the dropout state, drawn if none was given."""
-    tensors = (seqused_k, leftpad_k, alibi_slopes, sink, attn_bias)
-    if softcap == 0 and dropout_p == 0 and all(t is None for t in (*tensors, rng_state)):
-        return None
-    nheads = q.shape[-2]
-    checks.check_indices("seqused_k", seqused_k, batch, q)
-    checks.check_indices("leftpad_k", leftpad_k, batch, q)
-    checks.check_softcap(softcap)
-    checks.check_per_head("alibi_slopes", alibi_slopes, batch, nheads, True, q)
-    checks.check_per_head("sink", sink, batch, nheads, False, q)
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes: got requires_grad=True, expected False: they have no gradient")
-    checks.check_optional("attn_bias", attn_bias, "(batch, nheads, seqlen_q, seqlen_k)")
-    if attn_bias is not None:
-        if bias_shape is None:
-            raise ValueError("attn_bias: got a tensor, expected None with packed sequences")
-        if attn_bias.dim() != 4 or any(
-            a not in (1, b) for a, b in zip(attn_bias.shape, bias_shape, strict=True)
-        ):
-            raise ValueError(
-                f"attn_bias: got shape {checks.shape_of(attn_bias)}, "
-                f"expected {bias_shape} or 1 in any of its places"
-            )
-        if attn_bias.dtype != torch.bool and not attn_bias.dtype.is_floating_point:
-            raise TypeError(f"attn_bias: got dtype {attn_bias.dtype}, expected bool or floating point")
-        if attn_bias.device != q.device:
-            raise ValueError(f"attn_bias: got device {attn_bias.device}, expected {q.device} like q")
-    return checks.check_dropout(dropout_p, rng_state, q.device)
+_passed: set[checks.Signature] = set()
 
 
-def _run(
+def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> None:
+    if bias.dim() != 4 or any(a not in (1, b) for a, b in zip(bias.shape, shape, strict=True)):
+        raise ValueError(
+            f"attn_bias: got shape {checks.shape_of(bias)}, expected {shape} or 1 in any of its places"
+        )
+    if bias.dtype != torch.bool and not bias.dtype.is_floating_point:
+        raise TypeError(f"attn_bias: got dtype {bias.dtype}, expected bool or floating point")
+    if bias.device != q.device:
+        raise ValueError(f"attn_bias: got device {bias.device}, expected {q.device} like q")
+
+
+def _check_edges(name: str, edges: object, like: Tensor | None, q: Tensor) -> None:
+    if not isinstance(edges, Tensor):
+        raise TypeError(f"{name}: got {type(edges).__name__}, expected a torch.Tensor (batch + 1)")
+    if edges.dim() != 1 or edges.shape[0] < 2 or (like is not None and edges.shape != like.shape):
+        raise ValueError(
+            f"{name}: got shape {checks.shape_of(edges)}, expected (batch + 1,), the same for q and k"
+        )
+    if edges.dtype != torch.int32 or edges.device != q.device:
+        raise TypeError(f"{name}: got {edges.dtype} on {edges.device}, expected int32 on {q.device}")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tensors: AttentionTensors, packed: bool) -> None:
+    checks.check_qkv(q, k, v, packed)
+    batch, nheads = q.shape[0], q.shape[-2]
+    if packed:
+        _check_edges("cu_seqlens_q", tensors.cu_seqlens_q, None, q)
+        _check_edges("cu_seqlens_k", tensors.cu_seqlens_k, tensors.cu_seqlens_q, q)
+        batch = tensors.cu_seqlens_q.shape[0] - 1  # type: ignore[union-attr]
+    checks.check_indices("seqused_k", tensors.seqused_k, batch, q)
+    checks.check_indices("leftpad_k", tensors.leftpad_k, batch, q)
+    checks.check_per_head("alibi_slopes", tensors.alibi_slopes, batch, nheads, True, q)
+    checks.check_per_head("sink", tensors.sink, batch, nheads, False, q)
+    checks.check_optional("attn_bias", tensors.attn_bias, "(batch, nheads, seqlen_q, seqlen_k)")
+    if tensors.attn_bias is not None:
+        _check_bias(tensors.attn_bias, (batch, nheads, q.shape[1], k.shape[1]), q)
+
+
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spec: AttentionSpec,
     tensors: AttentionTensors,
+    packed: bool,
+    causal: bool,
+    softmax_scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    dropout_p: float,
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    inputs = (q, k, v, tensors.sink, tensors.attn_bias)
-    backward = checks.needs_autograd(*inputs)
+    signature = checks.signature(q, k, v, *tensors)
+    if signature is None or signature not in _passed:
+        _check_tensors(q, k, v, tensors, packed)
+        checks.remember(_passed, signature)
+    left, right = checks.check_window(causal, window_size)
+    if softcap != 0:
+        checks.check_softcap(softcap)
+    if dropout_p != 0 or tensors.rng_state is not None:
+        rng_state = checks.check_dropout(dropout_p, tensors.rng_state, q.device)
+        tensors = tensors._replace(rng_state=rng_state)
+    slopes = tensors.alibi_slopes
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes: got requires_grad=True, expected False: they have no gradient")
+    spec = AttentionSpec(
+        checks.check_scale(softmax_scale, q.shape[-1]),
+        left,
+        right,
+        float(softcap),
+        float(dropout_p),
+        slopes is not None,
+        tensors.sink is not None,
+        tensors.attn_bias is not None,
+        packed,
+        tensors.seqused_k is not None or tensors.leftpad_k is not None,
+    )
+    backward = checks.needs_autograd(q, k, v, tensors.sink, tensors.attn_bias)
     asked = dispatch.requested(backend)
     headdims = checks.concrete(q.shape[-1]), checks.concrete(v.shape[-1])
     uses = used(spec, return_lse, backward)
@@ -75,7 +101,8 @@ def _run(
     elif name == "torch":
         with checks.own_precision(q):
             return scaled_dot_product_attention(q, k, v, spec, tensors)
-    out, lse = library.run(backward, q, k, v, *library.pack(spec, tensors, name))
+    direct = not (signature is None or backward or checks.watched())
+    out, lse = library.run(direct, q, k, v, spec, tensors, name)
     return (out, lse) if return_lse else out
 
 
@@ -137,36 +164,9 @@ def attention(
         ValueError, TypeError: an argument is not as above; the message names it.
         fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
     """
-    checks.check_qkv(q, k, v, packed=False)
-    left, right = checks.check_window(causal, window_size)
-    (batch, seqlen_q, nheads, headdim), seqlen_k = q.shape, k.shape[1]
-    bias_shape = (batch, nheads, seqlen_q, seqlen_k)
-    rng_state = _check_options(
-        q,
-        batch,
-        seqused_k,
-        leftpad_k,
-        softcap,
-        dropout_p,
-        alibi_slopes,
-        sink,
-        attn_bias,
-        rng_state,
-        bias_shape,
-    )
-    spec = AttentionSpec(
-        checks.check_scale(softmax_scale, headdim),
-        left,
-        right,
-        float(softcap),
-        float(dropout_p),
-        alibi=alibi_slopes is not None,
-        sink=sink is not None,
-        bias=attn_bias is not None,
-        key_ranges=seqused_k is not None or leftpad_k is not None,
-    )
     tensors = AttentionTensors(None, None, seqused_k, leftpad_k, alibi_slopes, sink, attn_bias, rng_state)
-    return _run(q, k, v, spec, tensors, return_lse, backend)
+    scalars = (causal, softmax_scale, window_size, softcap, dropout_p, return_lse, backend)
+    return _attend(q, k, v, tensors, False, *scalars)
 
 
 def attention_varlen(
@@ -206,36 +206,8 @@ def attention_varlen(
         ValueError, TypeError: an argument is not as above; the message names it.
         fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
     """
-    checks.check_qkv(q, k, v, packed=True)
-    left, right = checks.check_window(causal, window_size)
-    for name, edges in (
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("cu_seqlens_k", cu_seqlens_k),
-    ):
-        if not isinstance(edges, Tensor):
-            raise TypeError(f"{name}: got {type(edges).__name__}, expected a torch.Tensor (batch + 1)")
-        if edges.dim() != 1 or edges.shape[0] < 2 or edges.shape != cu_seqlens_q.shape:
-            raise ValueError(
-                f"{name}: got shape {checks.shape_of(edges)}, expected (batch + 1,), the same for q and k"
-            )
-        if edges.dtype != torch.int32 or edges.device != q.device:
-            raise TypeError(f"{name}: got {edges.dtype} on {edges.device}, expected int32 on {q.device}")
-    batch = cu_seqlens_q.shape[0] - 1
-    rng_state = _check_options(
-        q, batch, seqused_k, leftpad_k, softcap, dropout_p, alibi_slopes, sink, None, rng_state, None
-    )
-    spec = AttentionSpec(
-        checks.check_scale(softmax_scale, q.shape[-1]),
-        left,
-        right,
-        float(softcap),
-        float(dropout_p),
-        alibi=alibi_slopes is not None,
-        sink=sink is not None,
-        varlen=True,
-        key_ranges=seqused_k is not None or leftpad_k is not None,
-    )
     tensors = AttentionTensors(
         cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, alibi_slopes, sink, None, rng_state
     )
-    return _run(q, k, v, spec, tensors, return_lse, backend)
+    scalars = (causal, softmax_scale, window_size, softcap, dropout_p, return_lse, backend)
+    return _attend(q, k, v, tensors, True, *scalars)

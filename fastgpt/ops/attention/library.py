@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
-from fastgpt.ops.checks import needs_autograd, own_precision, watched
+from fastgpt.ops.checks import needs_autograd, own_precision
 
 _OPTIONAL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, "
@@ -34,6 +34,11 @@ library.define(
 )
 
 
+def pack(spec: AttentionSpec, tensors: AttentionTensors, backend: str) -> tuple[Any, ...]:
+    """The arguments of both operators that follow q, k, v (and the backward's own)."""
+    return (*tensors, *spec[: _SCALARS - 1], backend)
+
+
 def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors, str]:
     tensors = AttentionTensors(*args[:-_SCALARS])
     scale, left, right, softcap, dropout_p, backend = args[-_SCALARS:]
@@ -50,11 +55,6 @@ def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors, str
         tensors.seqused_k is not None or tensors.leftpad_k is not None,
     )
     return spec, tensors, backend
-
-
-def pack(spec: AttentionSpec, tensors: AttentionTensors, backend: str) -> tuple[Any, ...]:
-    """The arguments of both operators that follow q, k, v (and the backward's own)."""
-    return (*tensors, *spec[: _SCALARS - 1], backend)
 
 
 # The values of lengths are checked here and not in api.py, where torch.compile would have to trace them. On a
@@ -79,8 +79,9 @@ def _check_key_ranges(k: Tensor, tensors: AttentionTensors) -> None:
             raise ValueError(f"leftpad_k: got {pads}, expected 0 to {used}, the keys that each sequence uses")
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    spec, tensors, backend = _unpack(args)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors, backend: str
+) -> tuple[Tensor, Tensor]:
     if spec.dropout_p and tensors.rng_state is None:
         raise ValueError("rng_state: got None, expected seed and offset with dropout")
     if q.is_cpu:
@@ -92,6 +93,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     with own_precision(q):
         out, lse = dispatch.implementation("attention", backend).forward(q, k, v, spec, tensors)
     return out.contiguous(), lse.contiguous()
+
+
+def _forward_operator(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, *_unpack(args))
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -211,16 +216,25 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     return _below_autograd(*args)
 
 
-def run(backward: bool, *args: Any) -> tuple[Tensor, Tensor]:
-    """attention_fwd by the shortest way."""
+def run(
+    direct: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    tensors: AttentionTensors,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """attention_fwd; ``direct``: past the dispatcher."""
+    if direct:
+        return _forward(q, k, v, spec, tensors, backend)
+    args = pack(spec, tensors, backend)
     if torch.compiler.is_compiling():
-        return torch.ops.fastgpt.attention_fwd.default(*args)
-    if backward:
-        return Attention.apply(*args)
-    return _below_autograd(*args) if watched(*args[:-_SCALARS]) else _forward(*args)
+        return torch.ops.fastgpt.attention_fwd.default(q, k, v, *args)
+    return _forward_autograd(q, k, v, *args)
 
 
-library.impl("attention_fwd", _forward, "CompositeExplicitAutograd")
+library.impl("attention_fwd", _forward_operator, "CompositeExplicitAutograd")
 library.impl("attention_fwd", _forward_autograd, "Autograd")
 library.impl("attention_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastgpt::attention_fwd", _forward_fake, lib=library)

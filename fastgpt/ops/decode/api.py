@@ -8,9 +8,10 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.ops import checks
 from fastgpt.ops.decode import library
-from fastgpt.ops.decode.spec import FEATURES, DecodeCall, DecodeSpec, DecodeTensors, used
+from fastgpt.ops.decode.spec import FEATURES, DecodeCall, DecodeSpec, DecodeTensors, capacity, used
 
 MAX_SPLITS = 1024
+_passed: set[checks.Signature] = set()
 
 
 def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -81,16 +82,27 @@ def _check_options(q: Tensor, k_cache: Tensor, tensors: DecodeTensors) -> None:
         )
 
 
-def _lengths(cache_seqlens: Tensor | int, q: Tensor) -> Tensor:
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        if not 0 <= cache_seqlens <= checks.INT32_MAX:
-            raise ValueError(f"cache_seqlens: got {cache_seqlens}, expected 0 to the cache's capacity")
-        return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-    if not isinstance(cache_seqlens, Tensor):
+def _check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor, tensors: DecodeTensors) -> None:
+    own_batch = tensors.block_table is not None or tensors.cache_batch_idx is not None
+    names = ("q", "k_cache", "v_cache")
+    checks.check_qkv(q, k_cache, v_cache, packed=False, names=names, caches=True, own_batch=own_batch)
+    _check_new(tensors.k, tensors.v, q, k_cache, v_cache)
+    checks.check_indices("cache_seqlens", tensors.cache_seqlens, q.shape[0], q)
+    _check_options(q, k_cache, tensors)
+    _check_rotary(tensors, q)
+    if tensors.k is not None and tensors.k.shape[1] > (most := capacity(k_cache, tensors)):
+        raise ValueError(f"k: got {tensors.k.shape[1]} new keys, expected at most the capacity {most}")
+
+
+def _lengths(cache_seqlens: object, q: Tensor) -> Tensor:
+    """(batch), int32, of one length for all."""
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, int):
         kind = type(cache_seqlens).__name__
         raise TypeError(f"cache_seqlens: got {kind}, expected an int or an int32 tensor (batch,)")
-    checks.check_indices("cache_seqlens", cache_seqlens, q.shape[0], q)
-    return cache_seqlens
+    if not 0 <= cache_seqlens <= checks.INT32_MAX:
+        raise ValueError(f"cache_seqlens: got {cache_seqlens}, expected 0 to the cache's capacity")
+    checks.check_tensor("q", q, checks.Q)
+    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
 def attention_with_kvcache(
@@ -166,32 +178,10 @@ def attention_with_kvcache(
         RuntimeError: a gradient would be needed.
         fastgpt.BackendUnsupported: the backend asked for cannot serve the call; the message says why.
     """
-    paged = block_table is not None
-    checks.check_qkv(
-        q,
-        k_cache,
-        v_cache,
-        packed=False,
-        names=("q", "k_cache", "v_cache"),
-        caches=True,
-        own_batch=paged or cache_batch_idx is not None,
-    )
-    _check_new(k, v, q, k_cache, v_cache)
-    lengths = _lengths(cache_seqlens, q)
-    left, right = checks.check_window(causal, window_size)
-    scale = checks.check_scale(softmax_scale, q.shape[-1])
-    if softcap != 0:
-        checks.check_softcap(softcap)
-    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
-        raise TypeError(f"num_splits: got {num_splits!r}, expected an integer")
-    if not 0 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits: got {num_splits}, expected 0 (automatic) to {MAX_SPLITS}")
-    if not isinstance(rotary_interleaved, bool):
-        raise TypeError(f"rotary_interleaved: got {rotary_interleaved!r}, expected True or False")
     tensors = DecodeTensors(
         k,
         v,
-        lengths,
+        cache_seqlens if isinstance(cache_seqlens, Tensor) else _lengths(cache_seqlens, q),
         rotary_cos,
         rotary_sin,
         cache_batch_idx,
@@ -202,12 +192,20 @@ def attention_with_kvcache(
         k_descale,
         v_descale,
     )
-    if k_cache.dtype in checks.QUANTIZED or any(t is not None for t in tensors[3:]):
-        _check_options(q, k_cache, tensors)
-        _check_rotary(tensors, q)
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if k is not None and k.shape[1] > capacity:
-        raise ValueError(f"k: got {k.shape[1]} new keys, expected at most the capacity {capacity}")
+    signature = checks.signature(q, k_cache, v_cache, *tensors)
+    if signature is None or signature not in _passed:
+        _check_tensors(q, k_cache, v_cache, tensors)
+        checks.remember(_passed, signature)
+    left, right = checks.check_window(causal, window_size)
+    scale = checks.check_scale(softmax_scale, q.shape[-1])
+    if softcap != 0:
+        checks.check_softcap(softcap)
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
+        raise TypeError(f"num_splits: got {num_splits!r}, expected an integer")
+    if not 0 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits: got {num_splits}, expected 0 (automatic) to {MAX_SPLITS}")
+    if not isinstance(rotary_interleaved, bool):
+        raise TypeError(f"rotary_interleaved: got {rotary_interleaved!r}, expected True or False")
     if checks.needs_autograd(q, k_cache, v_cache, *tensors):
         raise RuntimeError("attention_with_kvcache has no backward: call it under torch.no_grad()")
     spec = DecodeSpec(scale, left, right, float(softcap), rotary_interleaved, num_splits)
@@ -216,6 +214,8 @@ def attention_with_kvcache(
     uses = used(spec, tensors, return_lse)
     name = dispatch.choose(asked, DecodeCall, FEATURES, uses, checks.device_type(q), q.dtype, *headdims)
     if name == "reference":
-        dispatch.warn_if_slow(asked, "decode", q.numel() // q.shape[-1] * capacity, stacklevel=3)
-    out, lse = library.run(q, k_cache, v_cache, *tensors, *spec, name)
+        elements = q.numel() // q.shape[-1] * capacity(k_cache, tensors)
+        dispatch.warn_if_slow(asked, "decode", elements, stacklevel=3)
+    direct = not (signature is None or checks.watched())
+    out, lse = library.run(direct, q, k_cache, v_cache, spec, tensors, name)
     return (out, lse) if return_lse else out

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import INT32_MAX, own_precision, watched
-from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
+from fastgpt.ops.checks import INT32_MAX, own_precision
+from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors, capacity
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
 library.define(
@@ -33,12 +33,12 @@ def _check_values(q: Tensor, k_cache: Tensor, v_cache: Tensor, tensors: DecodeTe
         return
     seqlen_new = 0 if tensors.k is None else tensors.k.shape[1]
     lengths, table = tensors.cache_seqlens.tolist(), tensors.block_table
-    capacity = min(k_cache.shape[1] * (1 if table is None else table.shape[1]), INT32_MAX)
-    if lengths and not 0 <= min(lengths) <= max(lengths) <= capacity - seqlen_new:
+    most = min(capacity(k_cache, tensors), INT32_MAX)
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= most - seqlen_new:
         new = f" less {seqlen_new} new keys" if seqlen_new else ""
         raise ValueError(
-            f"cache_seqlens: got {lengths}, expected 0 to {capacity - seqlen_new} "
-            f"(the cache's capacity {capacity}{new}); nothing was written"
+            f"cache_seqlens: got {lengths}, expected 0 to {most - seqlen_new} "
+            f"(the cache's capacity {most}{new}); nothing was written"
         )
     if seqlen_new and k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
         raise ValueError("v_cache: got the memory of k_cache, expected its own, into which new values can go")
@@ -81,18 +81,19 @@ def _check_table(table: Tensor, lengths: list[int], seqlen_new: int, k_cache: Te
         )
 
 
-def _unpack(args: tuple[Any, ...]) -> tuple[DecodeSpec, DecodeTensors, str]:
-    *spec, backend = args[-_SCALARS:]
-    return DecodeSpec(*spec), DecodeTensors(*args[:-_SCALARS]), backend
-
-
-def _forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    spec, tensors, backend = _unpack(args)
+def _forward(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec, tensors: DecodeTensors, backend: str
+) -> tuple[Tensor, Tensor]:
     _check_values(q, k_cache, v_cache, tensors)
     implementation = dispatch.implementation("decode", backend)
     with own_precision(q):
         out, lse = implementation.forward(q, k_cache, v_cache, spec, tensors)
     return out.contiguous(), lse.contiguous()
+
+
+def _forward_operator(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *spec, backend = args[-_SCALARS:]
+    return _forward(q, k_cache, v_cache, DecodeSpec(*spec), DecodeTensors(*args[:-_SCALARS]), backend)
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -115,15 +116,23 @@ def _forward_inplace(*args: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.fastgpt.attention_kvcache.default(*args)
 
 
-def run(*args: Any) -> tuple[Tensor, Tensor]:
-    """attention_kvcache by the shortest way."""
-    if watched(*args[:-_SCALARS]):
-        return torch.ops.fastgpt.attention_kvcache.default(*args)
-    result = _forward(*args)
-    _note_append(*args[1:4])
+def run(
+    direct: bool,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    spec: DecodeSpec,
+    tensors: DecodeTensors,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """attention_kvcache; ``direct``: past the dispatcher."""
+    if not direct:
+        return torch.ops.fastgpt.attention_kvcache.default(q, k_cache, v_cache, *tensors, *spec, backend)
+    result = _forward(q, k_cache, v_cache, spec, tensors, backend)
+    _note_append(k_cache, v_cache, tensors.k)
     return result
 
 
 library.impl("attention_kvcache", _forward_inplace, "ADInplaceOrView")
-library.impl("attention_kvcache", _forward, "CompositeExplicitAutograd")
+library.impl("attention_kvcache", _forward_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("fastgpt::attention_kvcache", _fake, lib=library)

@@ -56,6 +56,12 @@ class DecodeTensors(NamedTuple):
     v_descale: Tensor | None = None
 
 
+def capacity(k_cache: Tensor, tensors: DecodeTensors) -> int:
+    """How many keys a sequence can have."""
+    blocks = 1 if tensors.block_table is None else tensors.block_table.shape[1]
+    return k_cache.shape[1] * blocks
+
+
 class DecodeCall(NamedTuple):
     """The metadata by which dispatch chooses a backend."""
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import check_same, check_tensor, device_type, needs_autograd, shape_of
+from fastgpt.ops.checks import (
+    check_same,
+    check_tensor,
+    device_type,
+    needs_autograd,
+    shape_of,
+    signature,
+    watched,
+)
 from fastgpt.ops.merge import library
 from fastgpt.ops.merge.spec import FEATURES, MergeCall
 
@@ -75,4 +83,5 @@ def merge_attention_states(
     name = dispatch.choose(asked, MergeCall, FEATURES, (backward,), device_type(out_a), out_a.dtype)
     if name == "reference":
         dispatch.warn_if_slow(asked, "merge", out_a.numel(), stacklevel=3)
-    return library.run(backward, out_a, lse_a, out_b, lse_b, name)
+    direct = not (backward or signature(out_a, lse_a, out_b, lse_b) is None or watched())
+    return library.run(direct, out_a, lse_a, out_b, lse_b, name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import needs_autograd, own_precision, watched
+from fastgpt.ops.checks import needs_autograd, own_precision
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
 library.define(
@@ -129,13 +129,13 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     return _below_autograd(*args)
 
 
-def run(backward: bool, *args: Any) -> tuple[Tensor, Tensor]:
-    """merge_fwd by the shortest way."""
+def run(direct: bool, *args: Any) -> tuple[Tensor, Tensor]:
+    """merge_fwd; ``direct``: past the dispatcher."""
+    if direct:
+        return _forward(*args)
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.merge_fwd.default(*args)
-    if backward:
-        return Merge.apply(*args)
-    return _below_autograd(*args) if watched(*args[:4]) else _forward(*args)
+    return _forward_autograd(*args)
 
 
 library.impl("merge_fwd", _forward, "CompositeExplicitAutograd")

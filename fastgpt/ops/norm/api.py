@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import FLOATING, check_dropout, device_type, needs_autograd, own_precision, shape_of
+from fastgpt.ops import checks
 from fastgpt.ops.norm import library
 from fastgpt.ops.norm.spec import FEATURES, NormCall, NormSpec
 from fastgpt.ops.norm.torch import composite
+
+_passed: set[checks.Signature] = set()
 
 
 def _check_rows(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor (..., hidden)")
     if value.dim() < 1 or value.shape[-1] < 1:
-        raise ValueError(f"{name}: got shape {shape_of(value)}, expected (..., hidden) with hidden >= 1")
-    if value.dtype not in FLOATING:
+        raise ValueError(
+            f"{name}: got shape {checks.shape_of(value)}, expected (..., hidden) with hidden >= 1"
+        )
+    if value.dtype not in checks.FLOATING:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(
@@ -30,7 +34,9 @@ def _check_rows(name: str, value: object) -> None:
 def _check_residual(residual: Tensor, x: Tensor) -> None:
     _check_rows("residual", residual)
     if residual.shape != x.shape:
-        raise ValueError(f"residual: got shape {shape_of(residual)}, expected {shape_of(x)} like x")
+        raise ValueError(
+            f"residual: got shape {checks.shape_of(residual)}, expected {checks.shape_of(x)} like x"
+        )
     if residual.dtype != x.dtype:
         raise TypeError(f"residual: got dtype {residual.dtype}, expected {x.dtype} like x")
     if residual.device != x.device:
@@ -41,7 +47,9 @@ def _check_parameter(name: str, value: object, x: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor (hidden) or None")
     if value.shape != x.shape[-1:]:
-        raise ValueError(f"{name}: got shape {shape_of(value)}, expected ({x.shape[-1]},), the hidden of x")
+        raise ValueError(
+            f"{name}: got shape {checks.shape_of(value)}, expected ({x.shape[-1]},), the hidden of x"
+        )
     if value.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {x.dtype} like x, or torch.float32")
     if value.device != x.device:
@@ -57,6 +65,18 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps: got {eps}, expected a finite number that is not negative")
 
 
+def _check_tensors(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+    _check_rows("x", x)
+    if residual is not None:
+        _check_residual(residual, x)
+    if weight is not None:
+        _check_parameter("weight", weight, x)
+    if bias is not None:
+        _check_parameter("bias", bias, x)
+        if weight is not None and bias.dtype != weight.dtype:
+            raise TypeError(f"bias: got dtype {bias.dtype}, expected {weight.dtype} like weight")
+
+
 def _run(
     x: Tensor,
     weight: Tensor | None,
@@ -69,23 +89,19 @@ def _run(
     rng_state: Tensor | None,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    _check_rows("x", x)
-    if residual is not None:
-        _check_residual(residual, x)
-    if weight is not None:
-        _check_parameter("weight", weight, x)
-    if bias is not None:
-        _check_parameter("bias", bias, x)
-        if weight is not None and bias.dtype != weight.dtype:
-            raise TypeError(f"bias: got dtype {bias.dtype}, expected {weight.dtype} like weight")
+    signature = checks.signature(x, weight, bias, residual, rng_state)
+    if signature is None or signature not in _passed:
+        _check_tensors(x, weight, bias, residual)
+        checks.remember(_passed, signature)
     _check_eps(eps)
     if not isinstance(prenorm, bool):
         raise TypeError(f"prenorm: got {prenorm!r}, expected True or False")
-    rng_state = check_dropout(dropout_p, rng_state, x.device)
+    if dropout_p != 0 or rng_state is not None:
+        rng_state = checks.check_dropout(dropout_p, rng_state, x.device)
     spec = NormSpec(rms, eps, float(dropout_p))
 
     inputs = (x, residual, weight, bias)
-    backward = needs_autograd(*inputs)
+    backward = checks.needs_autograd(*inputs)
     parameter = weight if weight is not None else bias
     uses = (
         rms,
@@ -97,14 +113,15 @@ def _run(
         backward,
     )
     asked = dispatch.requested(backend)
-    name = dispatch.choose(asked, NormCall, FEATURES, uses, device_type(x), x.dtype)
+    name = dispatch.choose(asked, NormCall, FEATURES, uses, checks.device_type(x), x.dtype)
     if name == "torch":
-        with own_precision(x):
+        with checks.own_precision(x):
             out, residual_out = composite(*inputs, spec)
         return (out, residual_out) if prenorm else out
     if name == "reference":
         dispatch.warn_if_slow(asked, "norm", x.numel(), stacklevel=4)
-    out, z = library.run(backward, *inputs, rng_state, prenorm or backward, *spec, name)
+    direct = not (signature is None or backward or checks.watched())
+    out, z = library.run(direct, *inputs, rng_state, prenorm or backward, *spec, name)
     if prenorm:
         return out, x if z is None or (residual is None and rng_state is None) else z
     return out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import needs_autograd, own_precision, watched
+from fastgpt.ops.checks import needs_autograd, own_precision
 from fastgpt.ops.norm.spec import NormSpec
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -211,16 +211,14 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _below_autograd(*args)
 
 
-def run(backward: bool, *args: Any) -> tuple[Tensor, Tensor | None]:
-    """out and residual_out of norm_fwd by the shortest way."""
+def run(direct: bool, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """out and residual_out of norm_fwd; ``direct``: past the dispatcher."""
+    if direct:
+        out, residual_out, _, _ = _implementation_forward(*args)
+        return out.contiguous(), None if residual_out is None else residual_out.contiguous()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.norm_fwd.default(*args)[:2]
-    if backward:
-        return Norm.apply(*args)[:2]
-    if watched(*args[:5]):
-        return _below_autograd(*args)[:2]
-    out, residual_out, _, _ = _implementation_forward(*args)
-    return out.contiguous(), None if residual_out is None else residual_out.contiguous()
+    return _forward_autograd(*args)[:2]
 
 
 library.impl("norm_fwd", _forward, "CompositeExplicitAutograd")
