@@ -255,6 +255,7 @@ def _bench(args: argparse.Namespace) -> int:
     rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, quick=args.budget is None)
     seed = torch.seed()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    facts = {**machine.describe(), "freed memory": machine.keep_freed_memory()}
     _say("measuring this machine's own rates")
     ceilings = machine.ceilings(args.device, min(budget, CEILINGS_BUDGET))
     results = tuple(
@@ -268,7 +269,7 @@ def _bench(args: argparse.Namespace) -> int:
         )
         for row in _progress(rows)
     )
-    done = report.Report(date, args.device, backend, budget, seed, machine.describe(), ceilings, results)
+    done = report.Report(date, args.device, backend, budget, seed, facts, ceilings, results)
     print(report.table(done))
     if args.json:
         report.save(done, args.json)

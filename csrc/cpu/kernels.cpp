@@ -12,6 +12,8 @@
 #endif
 
 #include <cstdint>
+#include <tuple>
+#include <utility>
 
 #include "fastgpt/mask.h"
 #include "fastgpt/params.h"

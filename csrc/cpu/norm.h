@@ -11,8 +11,10 @@
 // dsum the same, contiguous; weight, bias, dweight, dbias (hidden) in fp32, bf16 or fp16, independent of x's
 // type; mean, rstd (rows) fp32. All arithmetic is fp32, and `out` is rounded once. The norm is that of the
 // rounded sum, which is what backward finds stored: where the variance is small, statistics of the unrounded
-// one would not be those of its rows. The variance is that of z - mean, never a difference of large moments;
-// the rounding of the mean is taken out of it, and out of `out`, by the mean of z - mean.
+// one would not be those of its rows. One pass finds mean and variance of z - pivot, the pivot being the mean
+// of the first elements: var(z) = mean((z - pivot)^2) - mean(z - pivot)^2. Where the two moments are larger
+// than twice their difference, a second pass finds those of z - mean, so never is a variance a difference of
+// large moments.
 //
 // One unit of work owns a block of rows that depends on the shape alone, so the bits depend neither on
 // the number of threads nor, row by row, on the batch. The last vector of a row is loaded and stored in
@@ -86,38 +88,42 @@ struct NormForward {
     return z;
   }
 
-  // The sum of a row's elements, and the row as fp32: itself, or a copy in `buffer`.
-  FASTGPT_INLINE float sum_row(const float* row, float*, const float** z) {
+  // The mean of a row's first elements.
+  FASTGPT_INLINE float pivot(const T* row) {
+    int64_t count = min(p.hidden, kSums * kLanes);
     vf sums[kSums] = {};
-    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) { sums[s] += load_upto(row + i, n); });
-    *z = row;
-    return total(sums);
+    for_each_vector(count, [&](int64_t i, int64_t n, int s) { sums[s] += load_upto(row + i, n); });
+    return total(sums) / static_cast<float>(count);
   }
-  template <class Narrow>
-  FASTGPT_INLINE float sum_row(const Narrow* row, float* buffer, const float** z) {
-    vf sums[kSums] = {};
+
+  // Those of row - center, or, not kCentered, the mean square and no mean; with `copy` also row as fp32 to
+  // there.
+  template <bool kCentered, class Row>
+  FASTGPT_INLINE std::pair<float, float> statistics(const Row* row, float center, float* copy) {
+    vf sums[kSums] = {}, squares[kSums] = {};
     for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) {
       vf x = load_upto(row + i, n);
-      store(buffer + i, x);
-      sums[s] += x;
+      if (copy) store(copy + i, x);
+      if (kCentered) x = n == kLanes || lane_index() < static_cast<int32_t>(n) ? x - center : vf{};
+      if (kCentered) sums[s] += x;
+      squares[s] += x * x;
     });
-    *z = buffer;
-    return total(sums);
+    float mean = total(sums) * scale;
+    return {mean, total(squares) * scale - mean * mean};
   }
 
   FASTGPT_INLINE void normalise(int64_t r, const float* weight, const float* bias, float* widened,
                                 float* added) {
-    const float* z;
-    float sum = sum_row(add_row(r, added), widened, &z);
-    float mean = p.mean ? sum * scale : 0.0f;
-    vf sums[kSums] = {}, squares[kSums] = {};
-    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) {
-      vf d = lane_index() < static_cast<int32_t>(n) ? load_upto(z + i, n) - mean : vf{};
-      sums[s] += d;
-      squares[s] += d * d;
-    });
-    float shift = p.mean ? total(sums) * scale : 0.0f;
-    float variance = total(squares) * scale - shift * shift;
+    const T* row = add_row(r, added);
+    constexpr bool kNarrow = sizeof(T) < sizeof(float);
+    const float* z = kNarrow ? widened : reinterpret_cast<const float*>(row);
+    float* copy = kNarrow ? widened : nullptr;
+    float mean = p.mean ? pivot(row) : 0.0f;
+    auto [shift, variance] = p.mean ? statistics<true>(row, mean, copy) : statistics<false>(row, mean, copy);
+    if (variance < shift * shift) {  // too far from the mean for the difference of the moments
+      mean += shift;
+      std::tie(shift, variance) = statistics<true>(z, mean, nullptr);
+    }
     float rstd = 1.0f / __builtin_sqrtf((variance < 0 ? 0.0f : variance) + p.eps);
     if (p.mean) p.mean[r] = mean + shift;
     p.rstd[r] = rstd;

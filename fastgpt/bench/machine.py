@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -99,10 +100,32 @@ def describe() -> dict[str, str | int]:
     return facts
 
 
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def keep_freed_memory() -> str:
+    """Has the C library keep freed memory for the next tensors, as an allocator made for large ones does.
+
+    By default glibc maps some outputs of more than a few MiB anew at every call, and the page faults, which
+    take longer than a norm over the same bytes, hit candidate and baseline at random.
+
+    Returns:
+        What became of it, for a report.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+    libc = _glibc()
+    if libc and libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, -1):
+        return "kept for reuse (mallopt)"
+    return "up to the allocator"
+
+
 def free_memory(device: str) -> int:
     """Bytes that can be allocated on ``device`` now."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
+    if libc := _glibc():
+        libc.malloc_trim(0)  # what keep_freed_memory has kept counts
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
