@@ -35,7 +35,7 @@ struct AttentionBackward {
     int64_t b, h, sq, sk;
     Mask mask{0, 0, 0, 0};
     float *k_panels, *k_rows, *v_panels, *dk, *dv;
-    float *q_panels, *q_rows, *dout_panels, *dout_rows, *dq, *lse, *delta;
+    float *q_rows, *dout_rows, *dq, *lse, *delta;
     int64_t blocks, unclaimed = 0, unfinished, *passed;
   };
   // What every thread has of its own: the block at hand.
@@ -52,10 +52,8 @@ struct AttentionBackward {
     w.v_panels = parts.take(sk_padded * dim_v);
     w.dk = parts.take(sk_padded * width);
     w.dv = parts.take(sk_padded * width_v);
-    w.q_panels = parts.take(sq_padded * dim + kLanes);  // packing writes up to a vector past the end
-    w.q_rows = parts.take(sq * width);
-    w.dout_panels = parts.take(sq_padded * dim_v + kLanes);
-    w.dout_rows = parts.take(sq * width_v);
+    w.q_rows = parts.take(sq_padded * width);
+    w.dout_rows = parts.take(sq_padded * width_v);
     w.dq = parts.take(sq_padded * width);
     w.lse = parts.take(sq_padded + kLanes);
     w.delta = parts.take(sq_padded + kLanes);
@@ -124,7 +122,7 @@ struct AttentionBackward {
     int64_t sk_padded = round_up(w.sk, kTileCols * kTileRows);
     Rows<const T> k = rows_of<const T>(p.k, b, h_k, p.first_key_row(b));
     Rows<const T> v = rows_of<const T>(p.v, b, h_k, p.first_key_row(b));
-    pack_panels<kTileCols>(k, w.sk, dim, 1.0f, w.k_panels);
+    pack_panels<kTileCols>(k, w.sk, dim, kLog2e, w.k_panels);
     pack_panels<kTileCols>(v, w.sk, dim_v, 1.0f, w.v_panels);
     pack_rows(k, w.sk, dim, 1.0f, w.k_rows, width);
     fill_zero(w.dk, sk_padded * width);
@@ -141,10 +139,10 @@ struct AttentionBackward {
     Rows<const T> q = rows_of<const T>(p.q, w.b, h, first_row);
     Rows<const T> dout = rows_of<const T>(p.dout, w.b, h, first_row);
     Rows<const T> out = rows_of<const T>(p.out, w.b, h, first_row);
-    pack_panels<kTileRows>(q, sq, dim, p.softmax_scale * kLog2e, w.q_panels);
     pack_rows(q, sq, dim, p.softmax_scale, w.q_rows, width);
-    pack_panels<kTileRows>(dout, sq, dim_v, 1.0f, w.dout_panels);
     pack_rows(dout, sq, dim_v, 1.0f, w.dout_rows, width_v);
+    fill_zero(w.q_rows + sq * width, (sq_padded - sq) * width);
+    fill_zero(w.dout_rows + sq * width_v, (sq_padded - sq) * width_v);
     fill_zero(w.dq, sq_padded * width);
     const float* lse = p.lse + p.lse_row(w.b, h);
     const float* dlse = p.dlse ? p.dlse + p.lse_row(w.b, h) : nullptr;
@@ -202,12 +200,11 @@ struct AttentionBackward {
       int64_t end_vector = round_up(end, kLanes);
       for (int64_t c = begin; c < end_vector; c += kTileCols) {
         int64_t cols = min(kTileCols, end_vector - c);
-        tile_product<Update::overwrite, 1, kTileRows>(dim, cols, w.q_panels + i * dim,
-                                                      w.k_panels + (key + c) * dim, kTileCols, probs + c,
-                                                      kGradBlock, nullptr);
-        tile_product<Update::overwrite, 1, kTileRows>(dim_v, cols, w.dout_panels + i * dim_v,
-                                                      w.v_panels + (key + c) * dim_v, kTileCols, dscores + c,
-                                                      kGradBlock, nullptr);
+        tile_product<Update::overwrite, 0, 1>(dim, cols, w.q_rows + i * width, w.k_panels + (key + c) * dim,
+                                              kTileCols, probs + c, kGradBlock, nullptr, width);
+        tile_product<Update::overwrite, 0, 1>(dim_v, cols, w.dout_rows + i * width_v,
+                                              w.v_panels + (key + c) * dim_v, kTileCols, dscores + c,
+                                              kGradBlock, nullptr, width_v);
       }
       if (p.softcap) derivatives = tiles.derivatives + tile;
       if (terms)

@@ -24,11 +24,12 @@ FASTGPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 enum class Update { overwrite, add, rescale };
 
 // One tile of C = A B (overwrite), C + A B (add) or diag(scale) C + A B (rescale), all fp32:
-//   A(m, k) = a[m * kRowStride + k * kDepthStride], m < kTileRows, k < depth
+//   A(m, k) = a[m * kRowStride + k * kDepthStride], m < kTileRows, k < depth; lda where kRowStride is 0
 //   B(k, n) = b[k * ldb + n],  C(m, n) = c[m * ldc + n], n < Vectors * kLanes
 template <Update kUpdate, int kRowStride, int kDepthStride, int kVectors>
 FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, int64_t ldb, float* c,
-                                 int64_t ldc, const float* scale) {
+                                 int64_t ldc, const float* scale, int64_t lda = 0) {
+  int64_t row_stride = kRowStride ? kRowStride : lda;
   vf acc[kTileRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; m++)
@@ -40,7 +41,7 @@ FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, 
     for (int v = 0; v < kVectors; v++) bk[v] = load(b + k * ldb + v * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; m++) {
-      float am = a[m * kRowStride + k * kDepthStride];
+      float am = a[m * row_stride + k * kDepthStride];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; v++) acc[m][v] += bk[v] * am;
     }
@@ -60,12 +61,14 @@ FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, 
 // The same for `cols` columns, a multiple of kLanes.
 template <Update kUpdate, int kRowStride, int kDepthStride>
 __attribute__((noinline)) void tile_product(int64_t depth, int64_t cols, const float* a, const float* b,
-                                            int64_t ldb, float* c, int64_t ldc, const float* scale) {
+                                            int64_t ldb, float* c, int64_t ldc, const float* scale,
+                                            int64_t lda = 0) {
   int64_t n = 0;
   for (; n + kTileCols <= cols; n += kTileCols)
-    tile_columns<kUpdate, kRowStride, kDepthStride, kTileVectors>(depth, a, b + n, ldb, c + n, ldc, scale);
+    tile_columns<kUpdate, kRowStride, kDepthStride, kTileVectors>(depth, a, b + n, ldb, c + n, ldc, scale,
+                                                                  lda);
   for (; n < cols; n += kLanes)
-    tile_columns<kUpdate, kRowStride, kDepthStride, 1>(depth, a, b + n, ldb, c + n, ldc, scale);
+    tile_columns<kUpdate, kRowStride, kDepthStride, 1>(depth, a, b + n, ldb, c + n, ldc, scale, lda);
 }
 
 // Packs rows [0, rows) of `source`, of `dim` elements each, times `factor`, into panels of
