@@ -11,10 +11,10 @@
 // writes its own rows, so the bits do not depend on the number of threads. Register tiles that a boolean bias
 // hides whole are skipped.
 //
-// All tiles and query heads of a kv head use its K packed into panels of kTileCols keys (element-major) and its V
-// widened to fp32 rows. The threads that come to a head first pack it, in chunks. Heads take turns in a few
-// slots, which stay in the cache; a head waits for the one that had its slot. Units are handed out in order
-// of heads, so nobody waits for a unit that nobody has.
+// All tiles and query heads of a kv head use its K packed into panels of kTileCols keys (element-major) and
+// its V widened to fp32 rows. The threads that come to a head first pack it, in chunks. Heads take turns in a
+// few slots, which stay in the cache; a head waits for the one that had its slot. Units are handed out in
+// order of heads, so nobody waits for a unit that nobody has.
 //
 // A row that sees no key: out = 0, lse = -inf (the sink). Error bound: tests/test_attention.py::test_parity.
 
@@ -63,7 +63,8 @@ template <class T, class Keys = DenseKeys<T>>
 struct AttentionForward {
   const AttentionParams& p;
   Keys keys_of{p};
-  int64_t group = p.nheads / p.nheads_k, v_width = round_up(p.headdim_v, kLanes);
+  int64_t group = p.nheads / p.nheads_k;
+  int64_t q_width = round_up(p.headdim, kLanes), v_width = round_up(p.headdim_v, kLanes);
   bool terms = has_score_terms(p);
 
   // Keys of the longest sequence and of all kv heads, in whole panels; products to compute if nothing is
@@ -112,7 +113,7 @@ struct AttentionForward {
   }
   int64_t lay_out(Workspace& w, float* memory) const {
     Parts parts{memory};
-    w.q = parts.take(kQueryTile * p.headdim + kLanes);  // packing writes up to a vector past the end
+    w.q = parts.take(kQueryTile * q_width);
     w.scores = parts.take(kTileRows * kKeyBlock);
     w.o = parts.take(kQueryTile * v_width);
     w.keep = parts.take(p.dropout_threshold ? kKeyBlock + 4 * kLanes : 0);
@@ -182,7 +183,8 @@ struct AttentionForward {
       }
     for (int64_t i = 0; i < tiles * kTileRows * v_width; i += kLanes) store(o + i, vf{});
     Rows<const T> source = rows_of<const T>(p.q, b, h, p.first_query_row(b) + first_query);
-    pack_panels<kTileRows>(source, rows, p.headdim, p.softmax_scale * kLog2e, q);
+    pack_rows(source, rows, p.headdim, p.softmax_scale * kLog2e, q, q_width);
+    fill_zero(q + rows * q_width, (tiles * kTileRows - rows) * q_width);
 
     int64_t last_key = mask.end(first_query + rows - 1);
     for (int64_t block = mask.begin(first_query) / kKeyBlock * kKeyBlock; block < last_key;
@@ -195,9 +197,9 @@ struct AttentionForward {
         end -= block;
         int64_t end_vector = round_up(end, kLanes);
         for (int64_t c = begin; c < end_vector; c += kTileCols)
-          tile_product<Update::overwrite, 1, kTileRows>(
-              p.headdim, min(kTileCols, end_vector - c), q + t * kTileRows * p.headdim,
-              k + (block + c) * p.headdim, kTileCols, scores + c, kKeyBlock, nullptr);
+          tile_product<Update::overwrite, 0, 1>(p.headdim, min(kTileCols, end_vector - c),
+                                                q + t * kTileRows * q_width, k + (block + c) * p.headdim,
+                                                kTileCols, scores + c, kKeyBlock, nullptr, q_width);
         if (terms) add_score_terms(p, b, h, i, n, block, begin, end_vector, scores, kKeyBlock, nullptr);
         if (mask.begin(i + n - 1) > block + begin || mask.end(i) < block + end_vector)
           mask_tile(mask, i, n, block, begin, end_vector, scores, kKeyBlock);
