@@ -122,8 +122,8 @@ struct AttentionBackward {
     int64_t sk_padded = round_up(w.sk, kTileCols * kTileRows);
     Rows<const T> k = rows_of<const T>(p.k, b, h_k, p.first_key_row(b));
     Rows<const T> v = rows_of<const T>(p.v, b, h_k, p.first_key_row(b));
-    pack_panels<kTileCols>(k, w.sk, dim, kLog2e, w.k_panels);
-    pack_panels<kTileCols>(v, w.sk, dim_v, 1.0f, w.v_panels);
+    pack_panels(k, w.sk, dim, kLog2e, w.k_panels);
+    pack_panels(v, w.sk, dim_v, 1.0f, w.v_panels);
     pack_rows(k, w.sk, dim, 1.0f, w.k_rows, width);
     fill_zero(w.dk, sk_padded * width);
     fill_zero(w.dv, sk_padded * width_v);
@@ -200,11 +200,10 @@ struct AttentionBackward {
       int64_t end_vector = round_up(end, kLanes);
       for (int64_t c = begin; c < end_vector; c += kTileCols) {
         int64_t cols = min(kTileCols, end_vector - c);
-        tile_product<Update::overwrite, 0, 1>(dim, cols, w.q_rows + i * width, w.k_panels + (key + c) * dim,
-                                              kTileCols, probs + c, kGradBlock, nullptr, width);
-        tile_product<Update::overwrite, 0, 1>(dim_v, cols, w.dout_rows + i * width_v,
-                                              w.v_panels + (key + c) * dim_v, kTileCols, dscores + c,
-                                              kGradBlock, nullptr, width_v);
+        tile_product<Update::overwrite>(dim, cols, w.q_rows + i * width, width, w.k_panels + (key + c) * dim,
+                                        kTileCols, probs + c, kGradBlock);
+        tile_product<Update::overwrite>(dim_v, cols, w.dout_rows + i * width_v, width_v,
+                                        w.v_panels + (key + c) * dim_v, kTileCols, dscores + c, kGradBlock);
       }
       if (p.softcap) derivatives = tiles.derivatives + tile;
       if (terms)
@@ -235,21 +234,18 @@ struct AttentionBackward {
         for (int64_t c = begin; derivatives && c < end_vector; c += kLanes)
           store(ds_row + c, load(ds_row + c) * load(derivatives + r * kGradBlock + c));
       }
-      tile_product<Update::add, kGradBlock, 1>(end - begin, width, dscores + begin,
-                                               w.k_rows + (key + begin) * width, width, w.dq + i * width,
-                                               width, nullptr);
+      tile_product<Update::add>(end - begin, width, dscores + begin, kGradBlock,
+                                w.k_rows + (key + begin) * width, width, w.dq + i * width, width);
     }
     for (int64_t j = key; j < key_end; j += kTileRows) {
       int64_t begin = max(w.mask.first_query(j), query);
       int64_t end = min(w.mask.last_query(min(j + kTileRows, key_end) - 1, w.sq), query_end);
       if (begin >= end) continue;
       int64_t corner = (begin - query) * kGradBlock + j - key;
-      tile_product<Update::add, 1, kGradBlock>(end - begin, width_v, tiles.probs + corner,
-                                               w.dout_rows + begin * width_v, width_v, w.dv + j * width_v,
-                                               width_v, nullptr);
-      tile_product<Update::add, 1, kGradBlock>(end - begin, width, tiles.dscores + corner,
-                                               w.q_rows + begin * width, width, w.dk + j * width, width,
-                                               nullptr);
+      tile_product<Update::add, true>(end - begin, width_v, tiles.probs + corner, kGradBlock,
+                                      w.dout_rows + begin * width_v, width_v, w.dv + j * width_v, width_v);
+      tile_product<Update::add, true>(end - begin, width, tiles.dscores + corner, kGradBlock,
+                                      w.q_rows + begin * width, width, w.dk + j * width, width);
     }
   }
 

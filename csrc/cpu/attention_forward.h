@@ -158,8 +158,8 @@ struct AttentionForward {
   void pack(int64_t b, int64_t h, Head& head, float* packed_k, float* packed_v) {
     for (int64_t first; (first = next_unit(&head.next_chunk) * kChunkKeys) < p.keys(b);) {
       int64_t n = min(kChunkKeys, p.keys(b) - first);
-      pack_panels<kTileCols>(keys_of.k(b, h).from(first), n, p.headdim, keys_of.k_factor(b, h),
-                             packed_k + first * p.headdim);
+      pack_panels(keys_of.k(b, h).from(first), n, p.headdim, keys_of.k_factor(b, h),
+                  packed_k + first * p.headdim);
       pack_rows(keys_of.v(b, h).from(first), n, p.headdim_v, keys_of.v_factor(b, h),
                 packed_v + first * v_width, v_width);
       count_down(&head.unpacked);
@@ -197,9 +197,9 @@ struct AttentionForward {
         end -= block;
         int64_t end_vector = round_up(end, kLanes);
         for (int64_t c = begin; c < end_vector; c += kTileCols)
-          tile_product<Update::overwrite, 0, 1>(p.headdim, min(kTileCols, end_vector - c),
-                                                q + t * kTileRows * q_width, k + (block + c) * p.headdim,
-                                                kTileCols, scores + c, kKeyBlock, nullptr, q_width);
+          tile_product<Update::overwrite>(p.headdim, min(kTileCols, end_vector - c),
+                                          q + t * kTileRows * q_width, q_width, k + (block + c) * p.headdim,
+                                          kTileCols, scores + c, kKeyBlock);
         if (terms) add_score_terms(p, b, h, i, n, block, begin, end_vector, scores, kKeyBlock, nullptr);
         if (mask.begin(i + n - 1) > block + begin || mask.end(i) < block + end_vector)
           mask_tile(mask, i, n, block, begin, end_vector, scores, kKeyBlock);
@@ -211,9 +211,9 @@ struct AttentionForward {
             store(s, load(s) * load(keep + c - begin));
           }
         }
-        tile_product<Update::rescale, kKeyBlock, 1>(end - begin, v_width, scores + begin,
-                                                    v + (block + begin) * v_width, v_width,
-                                                    o + t * kTileRows * v_width, v_width, state[t].rescale);
+        tile_product<Update::rescale>(end - begin, v_width, scores + begin, kKeyBlock,
+                                      v + (block + begin) * v_width, v_width, o + t * kTileRows * v_width,
+                                      v_width, state[t].rescale);
       }
 
     Rows<T> out = rows_of<T>(p.out, b, h, p.first_query_row(b) + first_query);
