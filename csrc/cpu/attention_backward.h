@@ -9,8 +9,12 @@
 //
 // Shapes, dtypes and strides as in forward; gradients have their tensor's shape, storage rounded once
 // from fp32 accumulators. One unit of work = one kv head (with dbias: all that share a part of it): its
-// thread walks over all query heads of the group, key blocks and query blocks in a fixed order, so nothing is
-// added atomically and the bits do not depend on the number of threads. p is recomputed from lse, in base 2.
+// thread, the owner, walks over all query heads of the group, key blocks and query blocks. p is recomputed
+// from lse, in base 2.
+//
+// Threads that find no unit left take key blocks of those under way. dk and dv of a key block are its
+// thread's; to dq, key blocks add in order: each follows its predecessor over the query blocks. So nothing is
+// added atomically and the bits do not depend on the number of threads.
 //
 // Rows that see no key (lse = -inf) give 0. Error bound: tests/test_attention.py::test_parity.
 
@@ -24,18 +28,23 @@ struct AttentionBackward {
   int64_t width = round_up(dim, kLanes), width_v = round_up(dim_v, kLanes);
   bool terms = has_score_terms(p);
 
-  // What one thread holds: a sequence, a kv head of it, one of its query heads, then the block at hand.
-  // "panels" are the operand of products over the head dim, "rows" of products over keys or queries.
-  struct Workspace {
+  // What an owner shares with those that help it: a sequence, a kv head of it, one of its query heads, and of
+  // its key blocks those to hand out, those to compute, and how many queries each has passed. "panels" are
+  // the operand of products over the head dim, "rows" of products over keys or queries.
+  struct Head {
     int64_t b, h, sq, sk;
     Mask mask{0, 0, 0, 0};
     float *k_panels, *k_rows, *v_panels, *dk, *dv;
-    float *q_panels, *q_rows, *dout_panels, *dout_rows, *dq, *lse, *delta;
+    float *q_rows, *dout_rows, *dq, *lse, *delta;
+    int64_t blocks, unclaimed = 0, unfinished, *passed;
+  };
+  // What every thread has of its own: the block at hand.
+  struct Tiles {
     float *probs, *dscores, *derivatives, *keep;
   };
 
-  // Lays the workspace out, for sequences of up to sq queries and sk keys; returns its size.
-  int64_t lay_out(Workspace& w, float* memory, int64_t sq, int64_t sk) const {
+  // Lays a head out, of a sequence of up to sq queries and sk keys; returns its size.
+  int64_t lay_out(Head& w, float* memory, int64_t sq, int64_t sk) const {
     int64_t sq_padded = round_up(sq, kTileRows), sk_padded = round_up(sk, kTileCols * kTileRows);
     Parts parts{memory};
     w.k_panels = parts.take(sk_padded * dim);
@@ -43,45 +52,69 @@ struct AttentionBackward {
     w.v_panels = parts.take(sk_padded * dim_v);
     w.dk = parts.take(sk_padded * width);
     w.dv = parts.take(sk_padded * width_v);
-    w.q_panels = parts.take(sq_padded * dim + kLanes);  // packing writes up to a vector past the end
-    w.q_rows = parts.take(sq * width);
-    w.dout_panels = parts.take(sq_padded * dim_v + kLanes);
-    w.dout_rows = parts.take(sq * width_v);
+    w.q_rows = parts.take(sq_padded * width);
+    w.dout_rows = parts.take(sq_padded * width_v);
     w.dq = parts.take(sq_padded * width);
     w.lse = parts.take(sq_padded + kLanes);
     w.delta = parts.take(sq_padded + kLanes);
-    w.probs = parts.take(kGradBlock * kGradBlock);
-    w.dscores = parts.take(kGradBlock * kGradBlock);
-    w.derivatives = parts.take(p.softcap ? kGradBlock * kGradBlock : 0);
-    w.keep = parts.take(p.dropout_threshold ? kGradBlock + 4 * kLanes : 0);
+    w.passed = reinterpret_cast<int64_t*>(parts.take(2 * count_blocks(sk)));
     return parts.size;
   }
+  int64_t lay_out(Tiles& tiles, float* memory) const {
+    Parts parts{memory};
+    tiles.probs = parts.take(kGradBlock * kGradBlock);
+    tiles.dscores = parts.take(kGradBlock * kGradBlock);
+    tiles.derivatives = parts.take(p.softcap ? kGradBlock * kGradBlock : 0);
+    tiles.keep = parts.take(p.dropout_threshold ? kGradBlock + 4 * kLanes : 0);
+    return parts.size;
+  }
+  static int64_t count_blocks(int64_t sk) { return (sk + kGradBlock - 1) / kGradBlock; }
 
   void run() {
     // Along an axis that dbias is broadcast over, one unit does everything.
     bool shares_batch = p.dbias.data && p.dbias.batch_stride == 0;
     bool shares_heads = p.dbias.data && p.dbias.head_stride == 0;
     int64_t units_b = shares_batch ? min(p.batch, 1) : p.batch, units_h = shares_heads ? 1 : p.nheads_k;
-    int threads = static_cast<int>(max(1, min(p.num_threads, units_b * units_h)));
-    int64_t sq = 0, sk = 0;
-    for (int64_t b = 0; b < p.batch; b++) sq = max(sq, p.queries(b)), sk = max(sk, p.keys(b));
-    Workspace unused;
-    int64_t thread_size = lay_out(unused, nullptr, sq, sk);
-    float* workspaces = scratch(threads * thread_size);
-    int64_t unit_counter = 0, thread_counter = 0;
+    int64_t sq = 0, sk = 0, products = 0;
+    for (int64_t b = 0; b < p.batch; b++) {
+      sq = max(sq, p.queries(b)), sk = max(sk, p.keys(b));
+      products += p.queries(b) * p.keys(b) * p.nheads * (dim + dim_v);
+    }
+    int64_t threads = min(p.num_threads, 1 + products / kThreadProducts);
+    int64_t owners = max(1, min(threads, units_b * units_h));
+    // Not where all key blocks add to one number.
+    bool may_help = !p.dbias.data || p.dbias.query_stride || p.dbias.key_stride;
+    Head unused_head;
+    Tiles unused_tiles;
+    int64_t head_size = lay_out(unused_head, nullptr, sq, sk), tiles_size = lay_out(unused_tiles, nullptr);
+    int64_t heads_size = round_up(owners * sizeof(Head) / sizeof(float), 16);
+    float* memory = scratch(heads_size + owners * head_size + threads * tiles_size);
+    Head* heads = reinterpret_cast<Head*>(memory);
+    float *head_memory = memory + heads_size, *tiles_memory = head_memory + owners * head_size;
+    for (int64_t i = 0; i < owners; i++) lay_out(heads[i] = {}, head_memory + i * head_size, sq, sk);
+    int64_t unit_counter = 0, thread_counter = 0, unfinished = units_b * units_h;
 #pragma omp parallel num_threads(threads)
     {
-      Workspace w;
-      lay_out(w, workspaces + next_unit(&thread_counter) * thread_size, sq, sk);
-      for (int64_t u; (u = next_unit(&unit_counter)) < units_b * units_h;) {
-        int64_t b = u / units_h, h = u % units_h;
-        for (int64_t i = b; i < (shares_batch ? p.batch : b + 1); i++)
-          for (int64_t j = h; j < (shares_heads ? p.nheads_k : h + 1); j++) kv_head(i, j, w);
+      int64_t thread = next_unit(&thread_counter);
+      Tiles tiles;
+      lay_out(tiles, tiles_memory + thread * tiles_size);
+      if (thread < owners) {
+        for (int64_t u; (u = next_unit(&unit_counter)) < units_b * units_h;) {
+          int64_t b = u / units_h, h = u % units_h;
+          for (int64_t i = b; i < (shares_batch ? p.batch : b + 1); i++)
+            for (int64_t j = h; j < (shares_heads ? p.nheads_k : h + 1); j++)
+              kv_head(i, j, heads[thread], tiles);
+          count_down(&unfinished);
+        }
+      }
+      while (may_help && __atomic_load_n(&unfinished, __ATOMIC_ACQUIRE) != 0) {
+        for (int64_t i = 0; i < owners; i++) key_blocks(heads[i], tiles);
+        sched_yield();
       }
     }
   }
 
-  void kv_head(int64_t b, int64_t h_k, Workspace& w) {
+  void kv_head(int64_t b, int64_t h_k, Head& w, const Tiles& tiles) {
     w.b = b;
     w.sq = p.queries(b);
     w.sk = p.keys(b);
@@ -89,27 +122,27 @@ struct AttentionBackward {
     int64_t sk_padded = round_up(w.sk, kTileCols * kTileRows);
     Rows<const T> k = rows_of<const T>(p.k, b, h_k, p.first_key_row(b));
     Rows<const T> v = rows_of<const T>(p.v, b, h_k, p.first_key_row(b));
-    pack_panels<kTileCols>(k, w.sk, dim, 1.0f, w.k_panels);
-    pack_panels<kTileCols>(v, w.sk, dim_v, 1.0f, w.v_panels);
+    pack_panels(k, w.sk, dim, kLog2e, w.k_panels);
+    pack_panels(v, w.sk, dim_v, 1.0f, w.v_panels);
     pack_rows(k, w.sk, dim, 1.0f, w.k_rows, width);
     fill_zero(w.dk, sk_padded * width);
     fill_zero(w.dv, sk_padded * width_v);
     int64_t group = p.nheads / p.nheads_k;
-    for (int64_t h = h_k * group; h < (h_k + 1) * group; h++) query_head(h, w);
+    for (int64_t h = h_k * group; h < (h_k + 1) * group; h++) query_head(h, w, tiles);
     write_keys(p.dk, b, h_k, w.dk, width, w.sk, dim, 1.0f);
     write_keys(p.dv, b, h_k, w.dv, width_v, w.sk, dim_v, p.dropout_scale);
   }
 
-  void query_head(int64_t h, Workspace& w) {
+  void query_head(int64_t h, Head& w, const Tiles& tiles) {
     int64_t sq = w.sq, sq_padded = round_up(sq, kTileRows), first_row = p.first_query_row(w.b);
     w.h = h;
     Rows<const T> q = rows_of<const T>(p.q, w.b, h, first_row);
     Rows<const T> dout = rows_of<const T>(p.dout, w.b, h, first_row);
     Rows<const T> out = rows_of<const T>(p.out, w.b, h, first_row);
-    pack_panels<kTileRows>(q, sq, dim, p.softmax_scale * kLog2e, w.q_panels);
     pack_rows(q, sq, dim, p.softmax_scale, w.q_rows, width);
-    pack_panels<kTileRows>(dout, sq, dim_v, 1.0f, w.dout_panels);
     pack_rows(dout, sq, dim_v, 1.0f, w.dout_rows, width_v);
+    fill_zero(w.q_rows + sq * width, (sq_padded - sq) * width);
+    fill_zero(w.dout_rows + sq * width_v, (sq_padded - sq) * width_v);
     fill_zero(w.dq, sq_padded * width);
     const float* lse = p.lse + p.lse_row(w.b, h);
     const float* dlse = p.dlse ? p.dlse + p.lse_row(w.b, h) : nullptr;
@@ -126,37 +159,53 @@ struct AttentionBackward {
       for (int64_t i = 0; i < sq; i += kLanes) sum += exp2(sink - load(w.lse + i)) * load(w.delta + i);
       p.dsink[w.b * p.nheads + h] = -horizontal_sum(sum);
     }
-    for (int64_t key = 0; key < w.sk; key += kGradBlock) {
-      int64_t key_end = min(key + kGradBlock, w.sk);
-      int64_t begin = w.mask.first_query(key) / kGradBlock * kGradBlock;
-      int64_t end = w.mask.last_query(key_end - 1, sq);
-      for (int64_t query = begin; query < end; query += kGradBlock) block(query, key, key_end, w);
-    }
+    w.blocks = w.unfinished = count_blocks(w.sk);
+    for (int64_t i = 0; i < w.blocks; i++) w.passed[i] = 0;
+    __atomic_store_n(&w.unclaimed, w.blocks, __ATOMIC_RELEASE);
+    key_blocks(w, tiles);
+    wait_for_zero(&w.unfinished);
     write_rows(rows_of<T>(p.dq, w.b, h, first_row), w.dq, width, sq, dim, p.softmax_scale);
   }
 
+  // Computes key blocks of a head while there are some to hand out.
+  void key_blocks(Head& w, const Tiles& tiles) {
+    int64_t left;
+    while (__atomic_load_n(&w.unclaimed, __ATOMIC_RELAXED) > 0 &&
+           (left = __atomic_fetch_sub(&w.unclaimed, 1, __ATOMIC_ACQUIRE)) > 0) {
+      int64_t index = w.blocks - left, key = index * kGradBlock, key_end = min(key + kGradBlock, w.sk);
+      int64_t begin = w.mask.first_query(key) / kGradBlock * kGradBlock;
+      int64_t end = w.mask.last_query(key_end - 1, w.sq);
+      for (int64_t query = begin; query < end; query += kGradBlock) {
+        while (index > 0 && __atomic_load_n(&w.passed[index - 1], __ATOMIC_ACQUIRE) <= query) sched_yield();
+        block(query, key, key_end, w, tiles);
+        __atomic_store_n(&w.passed[index], query + kGradBlock, __ATOMIC_RELEASE);
+      }
+      __atomic_store_n(&w.passed[index], w.sq, __ATOMIC_RELEASE);
+      count_down(&w.unfinished);
+    }
+  }
+
   // Adds one (queries, keys) block's share to dq, dk and dv.
-  void block(int64_t query, int64_t key, int64_t key_end, Workspace& w) {
+  void block(int64_t query, int64_t key, int64_t key_end, const Head& w, const Tiles& tiles) {
     int64_t query_end = min(query + kGradBlock, w.sq);
     if (hidden_by_bias(p, w.b, w.h, query, query_end - query, key, key_end)) return;
     for (int64_t i = query; i < query_end; i += kTileRows) {
       int64_t last = min(i + kTileRows, query_end) - 1;
       int64_t tile = (i - query) * kGradBlock;
-      float *probs = w.probs + tile, *dscores = w.dscores + tile, *derivatives = nullptr;
+      float *probs = tiles.probs + tile, *dscores = tiles.dscores + tile, *derivatives = nullptr;
       int64_t begin = max(w.mask.begin(i), key), end = min(w.mask.end(last), key_end);
       if (begin >= end) begin = end = key;
       begin = (begin - key) / kTileCols * kTileCols;  // from here on, columns of the block
       end -= key;
       int64_t end_vector = round_up(end, kLanes);
-      for (int64_t c = begin; c < end; c += kTileCols) {
-        tile_columns<Update::overwrite, 1, kTileRows, kTileVectors>(dim, w.q_panels + i * dim,
-                                                                    w.k_panels + (key + c) * dim, kTileCols,
-                                                                    probs + c, kGradBlock, nullptr);
-        tile_columns<Update::overwrite, 1, kTileRows, kTileVectors>(dim_v, w.dout_panels + i * dim_v,
-                                                                    w.v_panels + (key + c) * dim_v, kTileCols,
-                                                                    dscores + c, kGradBlock, nullptr);
+      for (int64_t c = begin; c < end_vector; c += kTileCols) {
+        int64_t cols = min(kTileCols, end_vector - c);
+        tile_product<Update::overwrite>(dim, cols, w.q_rows + i * width, width, w.k_panels + (key + c) * dim,
+                                        kTileCols, probs + c, kGradBlock);
+        tile_product<Update::overwrite>(dim_v, cols, w.dout_rows + i * width_v, width_v,
+                                        w.v_panels + (key + c) * dim_v, kTileCols, dscores + c, kGradBlock);
       }
-      if (p.softcap) derivatives = w.derivatives + tile;
+      if (p.softcap) derivatives = tiles.derivatives + tile;
       if (terms)
         add_score_terms(p, w.b, w.h, i, last - i + 1, key, begin, end_vector, probs, kGradBlock, derivatives);
       if (w.mask.begin(last) > key + begin || w.mask.end(i) < key + end_vector)
@@ -165,13 +214,13 @@ struct AttentionBackward {
         float *p_row = probs + r * kGradBlock, *ds_row = dscores + r * kGradBlock;
         vf lse = splat(w.lse[i + r]), delta = splat(w.delta[i + r]);
         if (p.dropout_threshold)
-          dropout_row(p, w.b, w.h, i + r, key + begin, end_vector - begin, w.keep + begin);
+          dropout_row(p, w.b, w.h, i + r, key + begin, end_vector - begin, tiles.keep + begin);
         fill_zero(p_row, begin);  // the products below read whole blocks of keys
         fill_zero(ds_row, begin);
         for (int64_t c = begin; c < end_vector; c += kLanes) {
           vf prob = exp2(load(p_row + c) - lse), dprob = load(ds_row + c), kept = prob;
           if (p.dropout_threshold) {
-            vf keep = load(w.keep + c);
+            vf keep = load(tiles.keep + c);
             dprob *= keep * p.dropout_scale;
             kept *= keep;
           }
@@ -185,26 +234,23 @@ struct AttentionBackward {
         for (int64_t c = begin; derivatives && c < end_vector; c += kLanes)
           store(ds_row + c, load(ds_row + c) * load(derivatives + r * kGradBlock + c));
       }
-      tile_product<Update::add, kGradBlock, 1>(end - begin, width, dscores + begin,
-                                               w.k_rows + (key + begin) * width, width, w.dq + i * width,
-                                               width, nullptr);
+      tile_product<Update::add>(end - begin, width, dscores + begin, kGradBlock,
+                                w.k_rows + (key + begin) * width, width, w.dq + i * width, width);
     }
     for (int64_t j = key; j < key_end; j += kTileRows) {
       int64_t begin = max(w.mask.first_query(j), query);
       int64_t end = min(w.mask.last_query(min(j + kTileRows, key_end) - 1, w.sq), query_end);
       if (begin >= end) continue;
       int64_t corner = (begin - query) * kGradBlock + j - key;
-      tile_product<Update::add, 1, kGradBlock>(end - begin, width_v, w.probs + corner,
-                                               w.dout_rows + begin * width_v, width_v, w.dv + j * width_v,
-                                               width_v, nullptr);
-      tile_product<Update::add, 1, kGradBlock>(end - begin, width, w.dscores + corner,
-                                               w.q_rows + begin * width, width, w.dk + j * width, width,
-                                               nullptr);
+      tile_product<Update::add, true>(end - begin, width_v, tiles.probs + corner, kGradBlock,
+                                      w.dout_rows + begin * width_v, width_v, w.dv + j * width_v, width_v);
+      tile_product<Update::add, true>(end - begin, width, tiles.dscores + corner, kGradBlock,
+                                      w.q_rows + begin * width, width, w.dk + j * width, width);
     }
   }
 
   // dbias += ds for query i and the block's columns [begin, end).
-  void add_to_bias(int64_t i, int64_t key, int64_t begin, int64_t end, const float* ds, const Workspace& w) {
+  void add_to_bias(int64_t i, int64_t key, int64_t begin, int64_t end, const float* ds, const Head& w) {
     const BiasTensor<float>& t = p.dbias;
     float* row = t.data + w.b * t.batch_stride + w.h * t.head_stride + i * t.query_stride;
     if (t.key_stride == 0) {

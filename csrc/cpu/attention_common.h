@@ -56,6 +56,12 @@ FASTGPT_INLINE int64_t next_unit(int64_t* counter) {
   return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
 }
 
+// What a thread has written before it counts down is seen by those that waited for zero.
+FASTGPT_INLINE void count_down(int64_t* counter) { __atomic_fetch_sub(counter, 1, __ATOMIC_RELEASE); }
+FASTGPT_INLINE void wait_for_zero(const int64_t* counter) {
+  while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) != 0) sched_yield();
+}
+
 // Sets scores[r][c] to -inf where key first_key + c is not in the interval that the mask gives query
 // first_query + r, for c in [col_begin, col_end); both are multiples of kLanes.
 FASTGPT_INLINE void mask_tile(const Mask& mask, int64_t first_query, int64_t rows, int64_t first_key,

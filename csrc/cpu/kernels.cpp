@@ -11,6 +11,8 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+#include <sched.h>
+
 #include <cstdint>
 #include <tuple>
 #include <utility>

@@ -24,11 +24,11 @@ FASTGPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 enum class Update { overwrite, add, rescale };
 
 // One tile of C = A B (overwrite), C + A B (add) or diag(scale) C + A B (rescale), all fp32:
-//   A(m, k) = a[m * kRowStride + k * kDepthStride], m < kTileRows, k < depth
+//   A(m, k) = a[m * lda + k], or a[k * lda + m] if transposed, m < kTileRows, k < depth
 //   B(k, n) = b[k * ldb + n],  C(m, n) = c[m * ldc + n], n < Vectors * kLanes
-template <Update kUpdate, int kRowStride, int kDepthStride, int kVectors>
-FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, int64_t ldb, float* c,
-                                 int64_t ldc, const float* scale) {
+template <Update kUpdate, bool kTransposed, int kVectors>
+FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                                 float* c, int64_t ldc, const float* scale) {
   vf acc[kTileRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; m++)
@@ -40,7 +40,7 @@ FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, 
     for (int v = 0; v < kVectors; v++) bk[v] = load(b + k * ldb + v * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; m++) {
-      float am = a[m * kRowStride + k * kDepthStride];
+      float am = kTransposed ? a[k * lda + m] : a[m * lda + k];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; v++) acc[m][v] += bk[v] * am;
     }
@@ -58,25 +58,24 @@ FASTGPT_INLINE void tile_columns(int64_t depth, const float* a, const float* b, 
 }
 
 // The same for `cols` columns, a multiple of kLanes.
-template <Update kUpdate, int kRowStride, int kDepthStride>
-__attribute__((noinline)) void tile_product(int64_t depth, int64_t cols, const float* a, const float* b,
-                                            int64_t ldb, float* c, int64_t ldc, const float* scale) {
+template <Update kUpdate, bool kTransposed = false>
+__attribute__((noinline)) void tile_product(int64_t depth, int64_t cols, const float* a, int64_t lda,
+                                            const float* b, int64_t ldb, float* c, int64_t ldc,
+                                            const float* scale = nullptr) {
   int64_t n = 0;
   for (; n + kTileCols <= cols; n += kTileCols)
-    tile_columns<kUpdate, kRowStride, kDepthStride, kTileVectors>(depth, a, b + n, ldb, c + n, ldc, scale);
+    tile_columns<kUpdate, kTransposed, kTileVectors>(depth, a, lda, b + n, ldb, c + n, ldc, scale);
   for (; n < cols; n += kLanes)
-    tile_columns<kUpdate, kRowStride, kDepthStride, 1>(depth, a, b + n, ldb, c + n, ldc, scale);
+    tile_columns<kUpdate, kTransposed, 1>(depth, a, lda, b + n, ldb, c + n, ldc, scale);
 }
 
 // Packs rows [0, rows) of `source`, of `dim` elements each, times `factor`, into panels of
-// kWidth rows with the row index fastest: panel p holds element (p * kWidth + r, d) at
-// packed[(p * dim + d) * kWidth + r]. Missing rows of the last panel are zero.
-// Writes up to kLanes floats past the end.
-template <int kWidth, class Source>
+// kTileCols rows with the row index fastest: panel p holds element (p * kTileCols + r, d) at
+// packed[(p * dim + d) * kTileCols + r]. Missing rows of the last panel are zero.
+template <class Source>
 void pack_panels(const Source& source, int64_t rows, int64_t dim, float factor, float* packed) {
-  static_assert(kWidth % kLanes == 0 || kWidth < kLanes, "a panel row is whole vectors, or less than one");
-  for (int64_t panel = 0; panel < rows; panel += kWidth, packed += dim * kWidth)
-    for (int64_t r = 0; r < kWidth; r += kLanes)
+  for (int64_t panel = 0; panel < rows; panel += kTileCols, packed += dim * kTileCols)
+    for (int64_t r = 0; r < kTileCols; r += kLanes)
       for (int64_t d = 0; d < dim; d += kLanes) {
         vf block[kLanes];
 #pragma GCC unroll 16
@@ -86,8 +85,7 @@ void pack_panels(const Source& source, int64_t rows, int64_t dim, float factor, 
         }
         transpose(block);
         int64_t valid = min(kLanes, dim - d);
-        // Ascending d: where a panel is narrower than a vector, the next row overwrites the excess lanes.
-        for (int64_t i = 0; i < valid; i++) store(packed + (d + i) * kWidth + r, block[i]);
+        for (int64_t i = 0; i < valid; i++) store(packed + (d + i) * kTileCols + r, block[i]);
       }
 }
 
