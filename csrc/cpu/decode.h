@@ -35,14 +35,6 @@ constexpr int64_t kLine = 64 / sizeof(T);
 // Into the second cache: prefetches into the first would wait for its few miss buffers.
 FASTGPT_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-// Of the lines that begin in these vectors of a row from element d on.
-template <int kVectors, class T>
-FASTGPT_INLINE void prefetch_lines(const T* row, int64_t d) {
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kVectors * kLanes; i += min(kVectors * kLanes, kLine<T>))
-    if ((d + i) % kLine<T> == 0) prefetch(row + d + i);
-}
-
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -70,24 +62,26 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
 #pragma GCC unroll 2
     for (int h = 0; h < kHeads; h++) {
       auto add = [&](int64_t d, auto vectors, auto load_k) __attribute__((always_inline)) {
+        if (d % kLine<T> == 0)
 #pragma GCC unroll 16
-        for (int i = 0; i < kKeys; i++) prefetch_lines<vectors.value>(next[i] + h * k_head, d);
+          for (int i = 0; i < kKeys; i++) prefetch(next[i] + h * k_head + d);
 #pragma GCC unroll 16
         for (int i = 0; i < kKeys; i++) {
           vf ki[vectors.value];
           load_k(rows[i] + h * k_head + d, ki);
-#pragma GCC unroll 16
+#pragma GCC unroll 2
           for (int c = 0; c < vectors.value; c++)
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; r++)
               acc[(h * kRows + r) * kKeys + i] += ki[c] * load(q + h * q_head + r * width + d + c * kLanes);
         }
       };
+      constexpr int kStep = kTogether<T> * kLanes;
       int64_t d = 0;
-      for (; d + 2 * kLanes <= dim; d += 2 * kLanes)
-        add(d, Count<2>{}, [](const T* row, vf(&k)[2]) { load_pair(row, k); });
+      for (; d + kStep <= dim; d += kStep)
+        add(d, Count<kTogether<T>>{}, [](const T* row, auto& ki) { load_together(row, ki); });
       for (; d < dim; d += kLanes)
-        add(d, Count<1>{}, [&](const T* row, vf(&k)[1]) { k[0] = load_upto(row, dim - d); });
+        add(d, Count<1>{}, [&](const T* row, auto& ki) { ki[0] = load_upto(row, dim - d); });
     }
     float flat[kLanes];
     store(flat, sums(acc));
@@ -102,7 +96,7 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
 template <int kRows, int kVectors, class T>
 FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, int64_t offset, int64_t ahead,
                                        int64_t keys, float* out, int64_t width) {
-  constexpr int kStep = kVectors > 1 ? 2 : 1;
+  constexpr int kStep = kVectors % kTogether<T> ? 1 : kTogether<T>;
   vf acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++)
@@ -115,11 +109,8 @@ FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, in
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; i += kStep) {
       vf vi[kStep];
-      if constexpr (kStep == 2)
-        load_pair(row + i * kLanes, vi);
-      else
-        vi[0] = load(row + i * kLanes);
-#pragma GCC unroll 16
+      load_together(row + i * kLanes, vi);
+#pragma GCC unroll 2
       for (int c = 0; c < kStep; c++)
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; r++) acc[r][i + c] += vi[c] * probs[r * kDecodeBlock + j];
@@ -196,7 +187,7 @@ struct CachedKeys {
 
 template <class T, class KV = T>
 struct Decode {
-  static constexpr bool kSameType = sizeof(T) == sizeof(KV);  // else the cache is quantised
+  static constexpr int64_t kStep = kTogether<KV> * kLanes;
   const DecodeParams& p;
   int64_t group = p.nheads / p.nheads_k, rows = group * p.seqlen_q;
   int64_t width = round_up(p.headdim, kLanes), width_v = round_up(p.headdim_v, kLanes);
@@ -391,16 +382,14 @@ struct Decode {
   }
   int64_t parts(int64_t b) const { return (p.keys(b) + part_keys(b) - 1) / part_keys(b); }
 
-  // In the order in which load_pair has keys.
+  // In the order in which keys are loaded.
   void pack_query(const T* source, float scale, float* q) const {
     int64_t d = 0;
-    if constexpr (kSameType)
-      for (; d + 2 * kLanes <= p.headdim; d += 2 * kLanes) {
-        vf x[2];
-        load_pair(source + d, x);
-        store(q + d, x[0] * scale);
-        store(q + d + kLanes, x[1] * scale);
-      }
+    for (; d + kStep <= p.headdim; d += kStep) {
+      vf x[kTogether<KV>];
+      load_together(source + d, x);
+      for (int c = 0; c < kTogether<KV>; c++) store(q + d + c * kLanes, x[c] * scale);
+    }
     for (; d < p.headdim; d += kLanes) store(q + d, load_upto(source + d, p.headdim - d) * scale);
   }
 
@@ -542,9 +531,11 @@ struct Decode {
       float inverse = descale(p, p.v_descale, b, h_k) / l;
       auto result = [&](int64_t d) { return count == 0 || l == 0.0f ? vf{} : load(acc + d) * inverse; };
       int64_t d = 0;
-      if constexpr (kSameType)
-        for (; d + 2 * kLanes <= p.headdim_v; d += 2 * kLanes)
-          store_pair(out + d, {result(d), result(d + kLanes)});
+      for (; d + kStep <= p.headdim_v; d += kStep) {
+        vf x[kTogether<KV>];
+        for (int c = 0; c < kTogether<KV>; c++) x[c] = result(d + c * kLanes);
+        store_together(out + d, x);
+      }
       for (; d < p.headdim_v; d += kLanes) store_upto(out + d, result(d), p.headdim_v - d);
       p.lse[(b * p.nheads + h) * p.seqlen_q + i] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;
     }

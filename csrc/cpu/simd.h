@@ -157,14 +157,18 @@ FASTGPT_INLINE void quantise(e4m3* p, float x) {
   }
 }
 
-// Two vectors of neighbouring elements, in an order of their type's: bf16's even elements come before the odd
-// ones, which are 2 instructions for a load where widening takes 4 and 2 loads.
+// Vectors of a type that are loaded together, in an order of its own: of bf16 the even elements of two, then
+// the odd ones. That is one load and two instructions, where widening takes two loads and four.
 template <class T>
-FASTGPT_INLINE void load_pair(const T* p, vf (&x)[2]) {
+constexpr int kTogether = 1;
+template <>
+constexpr int kTogether<bf16> = 2;
+
+template <class T>
+FASTGPT_INLINE void load_together(const T* p, vf (&x)[1]) {
   x[0] = load(p);
-  x[1] = load(p + kLanes);
 }
-FASTGPT_INLINE void load_pair(const bf16* p, vf (&x)[2]) {
+FASTGPT_INLINE void load_together(const bf16* p, vf (&x)[2]) {
   vu words = *reinterpret_cast<const vu_unaligned*>(p);
   x[0] = (vf)(words << 16);
   x[1] = (vf)(words & 0xffff0000u);
@@ -264,13 +268,12 @@ FASTGPT_INLINE vf interleave_high(vf a, vf b, Lanes<I...>) {
   return __builtin_shuffle(a, b, vi{(I % 2 * kLanes + kLanes / 2 + I / 2)...});
 }
 
-// Where load_pair left them.
+// What load_together has loaded.
 template <class T>
-FASTGPT_INLINE void store_pair(T* p, const vf (&x)[2]) {
+FASTGPT_INLINE void store_together(T* p, const vf (&x)[1]) {
   store(p, x[0]);
-  store(p + kLanes, x[1]);
 }
-FASTGPT_INLINE void store_pair(bf16* p, const vf (&x)[2]) {
+FASTGPT_INLINE void store_together(bf16* p, const vf (&x)[2]) {
   typename MakeLanes<kLanes>::type lanes;
   store(p, interleave_low(x[0], x[1], lanes));
   store(p + kLanes, interleave_high(x[0], x[1], lanes));
