@@ -61,14 +61,14 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
     for (int i = 0; i < kLanes; i++) acc[i] = vf{};
 #pragma GCC unroll 2
     for (int h = 0; h < kHeads; h++) {
-      auto add = [&](int64_t d, auto vectors, auto load_k) __attribute__((always_inline)) {
+      auto add = [&](int64_t d, auto vectors, auto load_row) __attribute__((always_inline)) {
         if (d % kLine<T> == 0)
 #pragma GCC unroll 16
           for (int i = 0; i < kKeys; i++) prefetch(next[i] + h * k_head + d);
 #pragma GCC unroll 16
         for (int i = 0; i < kKeys; i++) {
           vf ki[vectors.value];
-          load_k(rows[i] + h * k_head + d, ki);
+          load_row(rows[i] + h * k_head + d, ki);
 #pragma GCC unroll 2
           for (int c = 0; c < vectors.value; c++)
 #pragma GCC unroll 16
@@ -76,12 +76,12 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
               acc[(h * kRows + r) * kKeys + i] += ki[c] * load(q + h * q_head + r * width + d + c * kLanes);
         }
       };
+      auto load_k = [](const T* row, auto& ki) { load_together(row, ki); };
       constexpr int kStep = kTogether<T> * kLanes;
       int64_t d = 0;
-      for (; d + kStep <= dim; d += kStep)
-        add(d, Count<kTogether<T>>{}, [](const T* row, auto& ki) { load_together(row, ki); });
-      for (; d < dim; d += kLanes)
-        add(d, Count<1>{}, [&](const T* row, auto& ki) { ki[0] = load_upto(row, dim - d); });
+      for (; d + kStep <= dim; d += kStep) add(d, Count<kTogether<T>>{}, load_k);
+      if (kStep > kLanes && d + kLanes <= dim) add(d, Count<1>{}, load_k), d += kLanes;
+      if (d < dim) add(d, Count<1>{}, [&](const T* row, auto& ki) { ki[0] = load_first(row, dim - d); });
     }
     float flat[kLanes];
     store(flat, sums(acc));
