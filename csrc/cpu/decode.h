@@ -62,9 +62,6 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
 #pragma GCC unroll 2
     for (int h = 0; h < kHeads; h++) {
       auto add = [&](int64_t d, auto vectors, auto load_row) __attribute__((always_inline)) {
-        if (d % kLine<T> == 0)
-#pragma GCC unroll 16
-          for (int i = 0; i < kKeys; i++) prefetch(next[i] + h * k_head + d);
 #pragma GCC unroll 16
         for (int i = 0; i < kKeys; i++) {
           vf ki[vectors.value];
@@ -75,6 +72,9 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
             for (int r = 0; r < kRows; r++)
               acc[(h * kRows + r) * kKeys + i] += ki[c] * load(q + h * q_head + r * width + d + c * kLanes);
         }
+        if (d % kLine<T> == 0)
+#pragma GCC unroll 16
+          for (int i = 0; i < kKeys; i++) prefetch(next[i] + h * k_head + d);
       };
       auto load_k = [](const T* row, auto& ki) { load_together(row, ki); };
       constexpr int kStep = kTogether<T> * kLanes;
@@ -105,8 +105,6 @@ FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, in
   for (int64_t j = 0; j < keys; j++) {
     const T *row = v[j] + offset, *next = v[j + ahead] + offset;
 #pragma GCC unroll 16
-    for (int64_t d = 0; d < kVectors * kLanes; d += kLine<T>) prefetch(next + d);
-#pragma GCC unroll 16
     for (int i = 0; i < kVectors; i += kStep) {
       vf vi[kStep];
       load_together(row + i * kLanes, vi);
@@ -115,6 +113,8 @@ FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, in
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; r++) acc[r][i + c] += vi[c] * probs[r * kDecodeBlock + j];
     }
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < kVectors * kLanes; d += kLine<T>) prefetch(next + d);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++)
