@@ -35,6 +35,11 @@ constexpr int64_t kLine = 64 / sizeof(T);
 // Into the second cache: prefetches into the first would wait for its few miss buffers.
 FASTGPT_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // scores[r][j] = q_r . k_j for `keys` keys k_j = k[j] + offset and kRows rows of a head, of each of kHeads
 // heads. A row of q has `width` floats, zero behind dim; the next head's are q_head further, its keys k_head.
 // Meanwhile the same columns of the row `ahead` places further in k are prefetched: where that is a row of
@@ -56,21 +61,27 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
     for (int i = 0; i < kLanes; i++) acc[i] = vf{};
 #pragma GCC unroll 2
     for (int h = 0; h < kHeads; h++) {
-      auto add = [&](int64_t d, auto load_k) __attribute__((always_inline)) {
+      auto add = [&](int64_t d, auto vectors, auto load_row) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; i++) {
+          vf ki[vectors.value];
+          load_row(rows[i] + h * k_head + d, ki);
+#pragma GCC unroll 2
+          for (int c = 0; c < vectors.value; c++)
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; r++)
+              acc[(h * kRows + r) * kKeys + i] += ki[c] * load(q + h * q_head + r * width + d + c * kLanes);
+        }
         if (d % kLine<T> == 0)
 #pragma GCC unroll 16
           for (int i = 0; i < kKeys; i++) prefetch(next[i] + h * k_head + d);
-#pragma GCC unroll 16
-        for (int i = 0; i < kKeys; i++) {
-          vf ki = load_k(rows[i] + h * k_head + d);
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; r++)
-            acc[(h * kRows + r) * kKeys + i] += ki * load(q + h * q_head + r * width + d);
-        }
       };
+      auto load_k = [](const T* row, auto& ki) { load_together(row, ki); };
+      constexpr int kStep = kTogether<T> * kLanes;
       int64_t d = 0;
-      for (; d + kLanes <= dim; d += kLanes) add(d, [](const T* row) { return load(row); });
-      if (d < dim) add(d, [&](const T* row) { return load_first(row, dim - d); });
+      for (; d + kStep <= dim; d += kStep) add(d, Count<kTogether<T>>{}, load_k);
+      if (kStep > kLanes && d + kLanes <= dim) add(d, Count<1>{}, load_k), d += kLanes;
+      if (d < dim) add(d, Count<1>{}, [&](const T* row, auto& ki) { ki[0] = load_first(row, dim - d); });
     }
     float flat[kLanes];
     store(flat, sums(acc));
@@ -85,6 +96,7 @@ void dot_rows(const float* q, int64_t width, int64_t q_head, int64_t dim, const 
 template <int kRows, int kVectors, class T>
 FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, int64_t offset, int64_t ahead,
                                        int64_t keys, float* out, int64_t width) {
+  constexpr int kStep = kVectors % kTogether<T> ? 1 : kTogether<T>;
   vf acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++)
@@ -93,13 +105,16 @@ FASTGPT_INLINE void accumulate_columns(const float* probs, const T* const* v, in
   for (int64_t j = 0; j < keys; j++) {
     const T *row = v[j] + offset, *next = v[j + ahead] + offset;
 #pragma GCC unroll 16
-    for (int64_t d = 0; d < kVectors * kLanes; d += kLine<T>) prefetch(next + d);
+    for (int i = 0; i < kVectors; i += kStep) {
+      vf vi[kStep];
+      load_together(row + i * kLanes, vi);
+#pragma GCC unroll 2
+      for (int c = 0; c < kStep; c++)
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; i++) {
-      vf vi = load(row + i * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; r++) acc[r][i] += vi * probs[r * kDecodeBlock + j];
+        for (int r = 0; r < kRows; r++) acc[r][i + c] += vi[c] * probs[r * kDecodeBlock + j];
     }
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < kVectors * kLanes; d += kLine<T>) prefetch(next + d);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++)
@@ -172,6 +187,7 @@ struct CachedKeys {
 
 template <class T, class KV = T>
 struct Decode {
+  static constexpr int64_t kStep = kTogether<KV> * kLanes;
   const DecodeParams& p;
   int64_t group = p.nheads / p.nheads_k, rows = group * p.seqlen_q;
   int64_t width = round_up(p.headdim, kLanes), width_v = round_up(p.headdim_v, kLanes);
@@ -366,6 +382,17 @@ struct Decode {
   }
   int64_t parts(int64_t b) const { return (p.keys(b) + part_keys(b) - 1) / part_keys(b); }
 
+  // In the order in which keys are loaded.
+  void pack_query(const T* source, float scale, float* q) const {
+    int64_t d = 0;
+    for (; d + kStep <= p.headdim; d += kStep) {
+      vf x[kTogether<KV>];
+      load_together(source + d, x);
+      for (int c = 0; c < kTogether<KV>; c++) store(q + d + c * kLanes, x[c] * scale);
+    }
+    for (; d < p.headdim; d += kLanes) store(q + d, load_upto(source + d, p.headdim - d) * scale);
+  }
+
   void part(int64_t b, int64_t head_block, int64_t index, const Workspace& w) {
     if (index >= parts(b)) return;
     int64_t h_first = head_block * heads, h_count = min(heads, p.nheads_k - h_first);
@@ -376,9 +403,10 @@ struct Decode {
     for (int64_t n = 0; n < h_count; n++) {
       int64_t h_k = h_first + n;
       for (int64_t g = 0; g < group; g++)
-        pack_rows(rows_of<const T>(p.q, b, h_k * group + g, 0), p.seqlen_q, p.headdim,
-                  p.softmax_scale * kLog2e * descale(p, p.k_descale, b, h_k),
-                  q + (n * rows + g * p.seqlen_q) * width, width);
+        for (int64_t i = 0; i < p.seqlen_q; i++)
+          pack_query(rows_of<const T>(p.q, b, h_k * group + g, i)[0],
+                     p.softmax_scale * kLog2e * descale(p, p.k_descale, b, h_k),
+                     q + (n * rows + g * p.seqlen_q + i) * width);
       auto [acc, m, l] = state(b, h_k, index);
       fill_zero(acc, rows * width_v);
       for (int64_t r = 0; r < rows; r++) m[r] = -kInf, l[r] = 0.0f;
@@ -441,10 +469,6 @@ struct Decode {
     }
   }
 
-  template <int N>
-  struct Count {
-    static constexpr int value = N;
-  };
   // Calls f(Count<n>, first row) over all rows, four, two and one at a time.
   template <class F>
   FASTGPT_INLINE void by_rows(F f) {
@@ -505,8 +529,14 @@ struct Decode {
           store(acc + d, load(of_part.acc + r * width_v + d) * weight + (s ? load(acc + d) : vf{}));
       }
       float inverse = descale(p, p.v_descale, b, h_k) / l;
-      for (int64_t d = 0; d < p.headdim_v; d += kLanes)
-        store_upto(out + d, count == 0 || l == 0.0f ? vf{} : load(acc + d) * inverse, p.headdim_v - d);
+      auto result = [&](int64_t d) { return count == 0 || l == 0.0f ? vf{} : load(acc + d) * inverse; };
+      int64_t d = 0;
+      for (; d + kStep <= p.headdim_v; d += kStep) {
+        vf x[kTogether<KV>];
+        for (int c = 0; c < kTogether<KV>; c++) x[c] = result(d + c * kLanes);
+        store_together(out + d, x);
+      }
+      for (; d < p.headdim_v; d += kLanes) store_upto(out + d, result(d), p.headdim_v - d);
       p.lse[(b * p.nheads + h) * p.seqlen_q + i] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;
     }
   }

@@ -17,6 +17,7 @@ typedef float vf_unaligned __attribute__((vector_size(kLanes * 4), aligned(4), m
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+typedef uint32_t vu_unaligned __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef int8_t vb_unaligned __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef uint8_t vub_unaligned __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
@@ -156,6 +157,23 @@ FASTGPT_INLINE void quantise(e4m3* p, float x) {
   }
 }
 
+// Vectors of a type that are loaded together, in an order of its own: of bf16 the even elements of two, then
+// the odd ones. That is one load and two instructions, where widening takes two loads and four.
+template <class T>
+constexpr int kTogether = 1;
+template <>
+constexpr int kTogether<bf16> = 2;
+
+template <class T>
+FASTGPT_INLINE void load_together(const T* p, vf (&x)[1]) {
+  x[0] = load(p);
+}
+FASTGPT_INLINE void load_together(const bf16* p, vf (&x)[2]) {
+  vu words = *reinterpret_cast<const vu_unaligned*>(p);
+  x[0] = (vf)(words << 16);
+  x[1] = (vf)(words & 0xffff0000u);
+}
+
 // The first n < kLanes elements; the missing lanes are zero and their memory is not touched.
 template <class T>
 FASTGPT_INLINE vf load_first(const T* p, int64_t n) {
@@ -248,6 +266,17 @@ FASTGPT_INLINE vf interleave_low(vf a, vf b, Lanes<I...>) {
 template <int... I>
 FASTGPT_INLINE vf interleave_high(vf a, vf b, Lanes<I...>) {
   return __builtin_shuffle(a, b, vi{(I % 2 * kLanes + kLanes / 2 + I / 2)...});
+}
+
+// What load_together has loaded.
+template <class T>
+FASTGPT_INLINE void store_together(T* p, const vf (&x)[1]) {
+  store(p, x[0]);
+}
+FASTGPT_INLINE void store_together(bf16* p, const vf (&x)[2]) {
+  typename MakeLanes<kLanes>::type lanes;
+  store(p, interleave_low(x[0], x[1], lanes));
+  store(p + kLanes, interleave_high(x[0], x[1], lanes));
 }
 
 // Lanes 0, 1 of every quad of a and b in turn, or 2, 3 of them; even quads of a, then of b, or odd ones. In
