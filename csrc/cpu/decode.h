@@ -26,7 +26,7 @@ constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kAheadBytes = 16384;   // prefetched: of the next keys, of all heads of a unit
 constexpr int64_t kAheadKeys = 32;       // at most, and half of it at least
 constexpr int64_t kDecodeRows = 16;      // more rows than this are attention_forward.h's work
-constexpr int64_t kSerialBytes = 65536;  // less K and V than this is not worth waking a thread for
+constexpr int64_t kSerialBytes = 3 << 16;  // less K and V than this is not worth waking a thread for
 
 // Bytes of a cache line, in elements.
 template <class T>
