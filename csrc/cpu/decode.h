@@ -23,9 +23,9 @@ constexpr int64_t kUnitsOfThread = 4;  // at least, where a unit has several hea
 constexpr int64_t kDecodeBlock = 64;   // keys whose scores are held at a time
 constexpr int64_t kStreams = 8;        // keys that are read side by side; twice as many of less than a page
 constexpr int64_t kPageBytes = 4096;
-constexpr int64_t kAheadBytes = 16384;   // prefetched: of the next keys, of all heads of a unit
-constexpr int64_t kAheadKeys = 32;       // at most, and half of it at least
-constexpr int64_t kDecodeRows = 16;      // more rows than this are attention_forward.h's work
+constexpr int64_t kAheadBytes = 16384;     // prefetched: of the next keys, of all heads of a unit
+constexpr int64_t kAheadKeys = 32;         // at most, and half of it at least
+constexpr int64_t kDecodeRows = 16;        // more rows than this are attention_forward.h's work
 constexpr int64_t kSerialBytes = 3 << 16;  // less K and V than this is not worth waking a thread for
 
 // Bytes of a cache line, in elements.
