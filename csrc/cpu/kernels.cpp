@@ -14,8 +14,6 @@
 #include <sched.h>
 
 #include <cstdint>
-#include <tuple>
-#include <utility>
 
 #include "fastgpt/mask.h"
 #include "fastgpt/params.h"

@@ -49,6 +49,8 @@ FASTGPT_INLINE void for_each_dropped(const Dropout& p, int64_t r, int64_t hidden
   }
 }
 
+constexpr int64_t kSummed = 4096;  // elements of a row: longer sums, made of these, are rounded less often
+
 template <class T>
 struct NormForward {
   const NormForwardParams& p;
@@ -96,20 +98,29 @@ struct NormForward {
     return total(sums) / static_cast<float>(count);
   }
 
+  struct Moments {
+    float mean, variance;
+  };
+
   // Those of row - center, or, not kCentered, the mean square and no mean; with `copy` also row as fp32 to
   // there.
   template <bool kCentered, class Row>
-  FASTGPT_INLINE std::pair<float, float> statistics(const Row* row, float center, float* copy) {
-    vf sums[kSums] = {}, squares[kSums] = {};
-    for_each_vector(p.hidden, [&](int64_t i, int64_t n, int s) {
-      vf x = load_upto(row + i, n);
-      if (copy) store(copy + i, x);
-      if (kCentered) x = n == kLanes || lane_index() < static_cast<int32_t>(n) ? x - center : vf{};
-      if (kCentered) sums[s] += x;
-      squares[s] += x * x;
-    });
-    float mean = total(sums) * scale;
-    return {mean, total(squares) * scale - mean * mean};
+  FASTGPT_INLINE Moments statistics(const Row* row, float center, float* copy) {
+    float sum = 0.0f, square = 0.0f;
+    for (int64_t first = 0; first < p.hidden; first += kSummed) {
+      vf sums[kSums] = {}, squares[kSums] = {};
+      for_each_vector(min(kSummed, p.hidden - first), [&](int64_t i, int64_t n, int s) {
+        vf x = load_upto(row + first + i, n);
+        if (copy) store(copy + first + i, x);
+        if (kCentered) x = n == kLanes || lane_index() < static_cast<int32_t>(n) ? x - center : vf{};
+        if (kCentered) sums[s] += x;
+        squares[s] += x * x;
+      });
+      sum += total(sums);
+      square += total(squares);
+    }
+    float mean = sum * scale;
+    return {mean, square * scale - mean * mean};
   }
 
   FASTGPT_INLINE void normalise(int64_t r, const float* weight, const float* bias, float* widened,
@@ -119,16 +130,16 @@ struct NormForward {
     const float* z = kNarrow ? widened : reinterpret_cast<const float*>(row);
     float* copy = kNarrow ? widened : nullptr;
     float mean = p.mean ? pivot(row) : 0.0f;
-    auto [shift, variance] = p.mean ? statistics<true>(row, mean, copy) : statistics<false>(row, mean, copy);
-    if (variance < shift * shift) {  // too far from the mean for the difference of the moments
-      mean += shift;
-      std::tie(shift, variance) = statistics<true>(z, mean, nullptr);
+    Moments of_z = p.mean ? statistics<true>(row, mean, copy) : statistics<false>(row, mean, copy);
+    if (of_z.variance < of_z.mean * of_z.mean) {  // too far from the mean for a difference of moments
+      mean += of_z.mean;
+      of_z = statistics<true>(z, mean, nullptr);
     }
-    float rstd = 1.0f / __builtin_sqrtf((variance < 0 ? 0.0f : variance) + p.eps);
-    if (p.mean) p.mean[r] = mean + shift;
+    float rstd = 1.0f / __builtin_sqrtf((of_z.variance < 0 ? 0.0f : of_z.variance) + p.eps);
+    if (p.mean) p.mean[r] = mean + of_z.mean;
     p.rstd[r] = rstd;
     T* out = static_cast<T*>(p.out) + r * p.hidden;
-    float offset = -shift * rstd;
+    float offset = -of_z.mean * rstd;
     for_each_vector(p.hidden, [&](int64_t i, int64_t n, int) {
       vf xhat = (load_upto(z + i, n) - mean) * rstd + offset;
       store_upto(out + i, xhat * load_upto(weight + i, n) + load_upto(bias + i, n), n);

@@ -9,6 +9,8 @@
 
 #include "primitives.h"
 
+#include <sched.h>
+
 #include "fastgpt/mask.h"
 #include "fastgpt/philox.h"
 
