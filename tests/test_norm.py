@@ -233,8 +233,8 @@ def test_a_large_mean_costs_no_digits(backend, kind):
 @pytest.mark.parametrize("hidden", [8192, 131072])
 @pytest.mark.parametrize("backend", [name for name in AVAILABLE if name == "cpu"])
 def test_outliers_among_the_first_elements_cost_no_digits(backend, hidden):
-    # About them, the mean of the squares is 127 or 2,047 times the variance; in the longer rows the sum of the
-    # squares would also lose what is added to it one by one.
+    # About them, the mean of the squares is 127 or 2,047 times the variance; in the longer rows, the sum of
+    # the squares would also lose what is added to it one by one.
     x = torch.randn(9, hidden)
     x[:, :64] += 1e5
     plain, exact = (F.layer_norm(t, x.shape[-1:], eps=EPS) for t in (x, x.double()))
