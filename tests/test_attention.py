@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 
@@ -573,6 +574,27 @@ def test_large_scores_do_not_overflow(backend):
     assert_parity("lse", lse, plain[1], exact[1])
 
 
+@pytest.mark.parametrize("deviation", [25, 400])
+@pytest.mark.parametrize("backend", KERNELS_CPU)
+def test_gradients_of_large_scores(backend, deviation):
+    # exp(s − lse) keeps as many digits of large scores as the forward only if they are its own, bit by bit.
+    q, k, v, dout = (torch.randn(2, 300, 2, 64) for _ in range(4))
+    inputs = [deviation * q, k, v]
+
+    def gradients(function, tensors):
+        tensors = [t.clone().requires_grad_() for t in tensors]
+        function(*tensors).backward(dout.to(tensors[0].dtype))
+        return [t.grad for t in tensors]
+
+    def plain(q, k, v):
+        return plain_attention(q, k, v, True, (-1, -1))[0]
+
+    got = gradients(functools.partial(fastgpt.attention, backend=backend), inputs)
+    expected = gradients(plain, inputs), gradients(plain, [t.double() for t in inputs])
+    for name, *of_each in zip(("dq", "dk", "dv"), got, *expected, strict=True):
+        assert_parity(name, *of_each, factor=3)
+
+
 @pytest.mark.parametrize("backend", KERNELS_CPU)
 def test_nan_input_gives_nan_only_where_it_is_seen(backend):
     q, k, v = (torch.randn(1, 100, 2, 32) for _ in range(3))
@@ -814,6 +836,11 @@ BAD_INPUT = {
     ),
     "window's type": (lambda: fastgpt.attention(*tensors(), window_size=5), TypeError, "window_size: got 5"),
     "causal's type": (lambda: fastgpt.attention(*tensors(), causal=None), TypeError, "causal: got None"),
+    "packed after dense": (
+        lambda: fastgpt.attention_varlen(*tensors(), cu_seqlens_q=None, cu_seqlens_k=None),
+        ValueError,
+        r"q: got shape \(2, 6, 4, 8\), expected 3 dimensions",
+    ),
     "causal's number": (lambda: fastgpt.attention(*tensors(), causal=1), TypeError, "causal: got 1"),
     "window's numbers": (
         lambda: fastgpt.attention(*tensors(), window_size=(True, -1)),

@@ -230,6 +230,30 @@ def test_a_large_mean_costs_no_digits(backend, kind):
     assert_parity("out", got, exact, exact)
 
 
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name == "cpu"])
+def test_squares_about_the_first_elements_may_overflow(backend):
+    # Of all the others the square is 10³⁶, and there are 4,032 of them; the variance is 1.5·10³⁴.
+    x = torch.zeros(3, 4096)
+    x[:, :64] = 1e18
+    plain, exact = (F.layer_norm(t, x.shape[-1:], eps=EPS) for t in (x, x.double()))
+    assert_parity("out", fastgpt.layer_norm(x, eps=EPS, backend=backend), plain, exact)
+
+
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name == "cpu"])
+def test_a_tensor_without_memory_is_refused(backend):
+    with pytest.raises(TypeError, match="tensor without memory"):
+        fastgpt.rms_norm(torch._efficientzerotensor((3, 8)), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name == "cpu"])
+def test_the_operator_reads_no_other_dtypes(backend, dtype):
+    x, weight = torch.ones(3, 8), torch.ones(8).to(dtype)
+    for args in ((x, None, weight), (x.to(dtype), None, None)):
+        with pytest.raises(TypeError, match=r"tensor in float32, bfloat16 or float16|no CPU kernel reads"):
+            torch.ops.fastgpt.norm_fwd(*args, None, None, False, True, EPS, 0.0, backend)
+
+
 @pytest.mark.parametrize("hidden", [8192, 131072])
 @pytest.mark.parametrize("backend", [name for name in AVAILABLE if name == "cpu"])
 def test_outliers_among_the_first_elements_cost_no_digits(backend, hidden):

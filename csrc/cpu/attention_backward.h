@@ -75,12 +75,13 @@ struct AttentionBackward {
     bool shares_batch = p.dbias.data && p.dbias.batch_stride == 0;
     bool shares_heads = p.dbias.data && p.dbias.head_stride == 0;
     int64_t units_b = shares_batch ? min(p.batch, 1) : p.batch, units_h = shares_heads ? 1 : p.nheads_k;
-    int64_t sq = 0, sk = 0, products = 0;
+    int64_t sq = 0, sk = 0;
+    double products = 0;
     for (int64_t b = 0; b < p.batch; b++) {
       sq = max(sq, p.queries(b)), sk = max(sk, p.keys(b));
-      products += p.queries(b) * p.keys(b) * p.nheads * (dim + dim_v);
+      products += static_cast<double>(p.queries(b)) * p.keys(b) * p.nheads * (dim + dim_v);
     }
-    int64_t threads = min(p.num_threads, 1 + products / kThreadProducts);
+    int64_t threads = threads_for(products, p.num_threads);
     int64_t owners = max(1, min(threads, units_b * units_h));
     // Not where all key blocks add to one number.
     bool may_help = !p.dbias.data || p.dbias.query_stride || p.dbias.key_stride;
@@ -122,14 +123,14 @@ struct AttentionBackward {
     int64_t sk_padded = round_up(w.sk, kTileCols * kTileRows);
     Rows<const T> k = rows_of<const T>(p.k, b, h_k, p.first_key_row(b));
     Rows<const T> v = rows_of<const T>(p.v, b, h_k, p.first_key_row(b));
-    pack_panels(k, w.sk, dim, kLog2e, w.k_panels);
+    pack_panels(k, w.sk, dim, 1.0f, w.k_panels);
     pack_panels(v, w.sk, dim_v, 1.0f, w.v_panels);
     pack_rows(k, w.sk, dim, 1.0f, w.k_rows, width);
     fill_zero(w.dk, sk_padded * width);
     fill_zero(w.dv, sk_padded * width_v);
     int64_t group = p.nheads / p.nheads_k;
     for (int64_t h = h_k * group; h < (h_k + 1) * group; h++) query_head(h, w, tiles);
-    write_keys(p.dk, b, h_k, w.dk, width, w.sk, dim, 1.0f);
+    write_keys(p.dk, b, h_k, w.dk, width, w.sk, dim, kLn2);
     write_keys(p.dv, b, h_k, w.dv, width_v, w.sk, dim_v, p.dropout_scale);
   }
 
@@ -139,7 +140,8 @@ struct AttentionBackward {
     Rows<const T> q = rows_of<const T>(p.q, w.b, h, first_row);
     Rows<const T> dout = rows_of<const T>(p.dout, w.b, h, first_row);
     Rows<const T> out = rows_of<const T>(p.out, w.b, h, first_row);
-    pack_rows(q, sq, dim, p.softmax_scale, w.q_rows, width);
+    // As in forward, so that the scores are those whose lse was saved, to the last bit.
+    pack_rows(q, sq, dim, p.softmax_scale * kLog2e, w.q_rows, width);
     pack_rows(dout, sq, dim_v, 1.0f, w.dout_rows, width_v);
     fill_zero(w.q_rows + sq * width, (sq_padded - sq) * width);
     fill_zero(w.dout_rows + sq * width_v, (sq_padded - sq) * width_v);

@@ -56,7 +56,17 @@ FASTGPT_INLINE int64_t next_unit(int64_t* counter) {
   return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
 }
 
+// How many of the threads so many products are worth waking for.
+FASTGPT_INLINE int64_t threads_for(double products, int64_t threads) {
+  constexpr double kThreadProducts = 1 << 22;
+  return products < kThreadProducts * static_cast<double>(threads - 1)
+             ? 1 + static_cast<int64_t>(products / kThreadProducts)
+             : max(1, threads);
+}
+
 // What a thread has written before it counts down is seen by those that waited for zero.
+// Waiting takes a processor only while nobody else wants it (but for real-time priorities, where a thread
+// that yields is not passed by one of lower rank).
 FASTGPT_INLINE void count_down(int64_t* counter) { __atomic_fetch_sub(counter, 1, __ATOMIC_RELEASE); }
 FASTGPT_INLINE void wait_for_zero(const int64_t* counter) {
   while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) != 0) sched_yield();

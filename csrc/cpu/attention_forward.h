@@ -21,7 +21,6 @@
 constexpr int64_t kQueryTile = 8 * kTileRows;
 constexpr int64_t kKeyBlock = 4 * kTileCols;
 constexpr int64_t kChunkKeys = 2 * kTileCols;  // packed as one unit
-constexpr int64_t kThreadProducts = 1 << 22;   // fewer are not worth waking a thread for
 
 // Running state of the online softmax for one register tile of rows: maximum m (base 2) and, per lane, the
 // sum l of 2^(s - m). `rescale` is what the accumulator is multiplied by when the block is added.
@@ -70,10 +69,11 @@ struct AttentionForward {
   // Keys of the longest sequence and of all kv heads, in whole panels; products to compute if nothing is
   // masked.
   struct Size {
-    int64_t longest = 0, keys = 0, products = 0;
+    int64_t longest = 0, keys = 0;
+    double products = 0;
   };
   Size size = measure();
-  int64_t threads = min(p.num_threads, 1 + size.products / kThreadProducts);
+  int64_t threads = threads_for(size.products, p.num_threads);
   int64_t slots = max(1, min(2 * threads, size.keys / max(1, size.longest)));
 
   Size measure() const {
@@ -82,7 +82,7 @@ struct AttentionForward {
       int64_t keys = round_up(p.keys(b), kTileCols);
       result.longest = max(result.longest, keys);
       result.keys += keys * p.nheads_k;
-      result.products += keys * p.queries(b) * p.nheads * (p.headdim + p.headdim_v);
+      result.products += static_cast<double>(keys) * p.queries(b) * p.nheads * (p.headdim + p.headdim_v);
     }
     return result;
   }

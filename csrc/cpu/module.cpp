@@ -100,13 +100,18 @@ struct Data {
     return static_cast<T*>(address);
   }
   Element element() const {
+    if (!object) throw py::type_error("got None, expected a tensor");
     py::object dtype = checked(PyObject_GetAttrString(object.ptr(), "dtype"));
     auto found = std::find(std::begin(element_objects), std::end(element_objects), dtype.ptr());
     if (found == std::end(element_objects))
       throw py::type_error("no CPU kernel reads " + std::string(py::str(dtype)));
     return static_cast<Element>(found - std::begin(element_objects));
   }
-  DType dtype() const { return static_cast<DType>(element()); }
+  DType dtype() const {
+    Element found = element();
+    if (found > Element::f16) throw py::type_error("expected a tensor in float32, bfloat16 or float16");
+    return static_cast<DType>(found);
+  }
 };
 
 // A tensor of up to four axes; of none for None.
@@ -133,6 +138,10 @@ struct type_caster<fastgpt::Data> {
     if (tensor.is_none()) return true;
     object address = fastgpt::checked(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
     value.address = PyLong_AsVoidPtr(address.ptr());
+    if (PyErr_Occurred()) throw error_already_set();
+    if (!value.address &&
+        !fastgpt::checked(PyObject_CallMethod(tensor.ptr(), "numel", nullptr)).equal(int_(0)))
+      throw type_error("got a tensor without memory");
     value.object = tensor;
     return true;
   }
@@ -152,7 +161,7 @@ struct type_caster<fastgpt::Array> {
     object sizes = fastgpt::checked(PyObject_GetAttr(tensor.ptr(), shape));
     object strides = fastgpt::checked(PyObject_CallMethodNoArgs(tensor.ptr(), stride));
     value.ndim = PyTuple_Size(sizes.ptr());
-    if (value.ndim < 0) throw error_already_set();
+    if (value.ndim < 0 || PyTuple_Size(strides.ptr()) != value.ndim) throw error_already_set();
     if (value.ndim > 4) return false;
     for (int64_t axis = 0; axis < value.ndim; axis++) {
       value.sizes[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), axis));
@@ -235,7 +244,7 @@ void set_sequences(AttentionParams& p, const Array& cu_seqlens_q, Data cu_seqlen
 void set_bias(AttentionParams& p, const Array& bias) {
   if (bias.ndim == 0) return;
   set_bias<const void>(p.bias, bias);
-  p.bias.type = static_cast<BiasType>(bias.element());
+  p.bias.type = bias.element() == Element::boolean ? BiasType::boolean : static_cast<BiasType>(bias.dtype());
 }
 
 template <class Params>

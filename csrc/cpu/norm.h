@@ -131,7 +131,8 @@ struct NormForward {
     float* copy = kNarrow ? widened : nullptr;
     float mean = p.mean ? pivot(row) : 0.0f;
     Moments of_z = p.mean ? statistics<true>(row, mean, copy) : statistics<false>(row, mean, copy);
-    if (of_z.variance < of_z.mean * of_z.mean) {  // too far from the mean for a difference of moments
+    if (p.mean && !(of_z.variance >= of_z.mean * of_z.mean &&
+                    of_z.variance < kInf)) {  // too far from the mean for a difference of moments
       mean += of_z.mean;
       of_z = statistics<true>(z, mean, nullptr);
     }

@@ -113,9 +113,9 @@ def keep_freed_memory() -> str:
     Returns:
         What became of it, for a report.
     """
-    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+    mmap_max, trim_threshold = -4, -1  # of malloc.h
     libc = _glibc()
-    if libc and libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, -1):
+    if libc and libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1):
         return "kept for reuse (mallopt)"
     return "up to the allocator"
 

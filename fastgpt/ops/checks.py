@@ -52,10 +52,12 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 
 def signature(*tensors: object) -> Signature:
-    """All that checks read of the tensors. None where that is not all that matters, and the call has to go
-    through the dispatcher: under torch.compile, with a tensor subclass or a lazy negation.
+    """Everything about the tensors that the checks of an op read, to be remembered once they have passed.
+
+    None where a call has to go through the dispatcher, whatever it was before: under torch.compile and
+    jit.trace, whose sizes are no numbers, and with tensor subclasses and lazy negations.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _C._get_tracing_state() is not None:
         return None
     parts: list[object] = []
     for t in tensors:
@@ -77,14 +79,13 @@ def remember(passed: set[Signature], seen: Signature) -> None:
 
 
 def watched() -> bool:
-    """Whether something around a call has to see it as an operator: a mode, functorch, the profiler or
-    jit.trace. Where nothing has, going past the dispatcher saves as much time as a small kernel takes.
+    """Whether something around a call has to see it as an operator: a mode, functorch or the profiler. Where
+    nothing has, going past the dispatcher saves as much time as a small kernel takes.
     """
     return (
         _C._len_torch_dispatch_stack() > 0
         or _C._len_torch_function_stack() > 0
         or _C._functorch.peek_interpreter_stack() is not None
-        or _C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
 

@@ -12,6 +12,7 @@ from fastgpt.ops.attention.spec import FEATURES, AttentionCall, AttentionSpec, A
 from fastgpt.ops.attention.torch import scaled_dot_product_attention
 
 _passed: set[checks.Signature] = set()
+_passed_packed: set[checks.Signature] = set()
 
 
 def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> None:
@@ -67,13 +68,14 @@ def _attend(
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     signature = checks.signature(q, k, v, *tensors)
-    if signature is None or signature not in _passed:
+    passed = _passed_packed if packed else _passed
+    if signature is None or signature not in passed:
         _check_tensors(q, k, v, tensors, packed)
-        checks.remember(_passed, signature)
+        checks.remember(passed, signature)
     left, right = checks.check_window(causal, window_size)
     if softcap != 0:
         checks.check_softcap(softcap)
-    if dropout_p != 0 or tensors.rng_state is not None:
+    if type(dropout_p) is not float or dropout_p != 0 or tensors.rng_state is not None:
         rng_state = checks.check_dropout(dropout_p, tensors.rng_state, q.device)
         tensors = tensors._replace(rng_state=rng_state)
     slopes = tensors.alibi_slopes

@@ -96,7 +96,7 @@ def _run(
     _check_eps(eps)
     if not isinstance(prenorm, bool):
         raise TypeError(f"prenorm: got {prenorm!r}, expected True or False")
-    if dropout_p != 0 or rng_state is not None:
+    if type(dropout_p) is not float or dropout_p != 0 or rng_state is not None:
         rng_state = checks.check_dropout(dropout_p, rng_state, x.device)
     spec = NormSpec(rms, eps, float(dropout_p))
 
