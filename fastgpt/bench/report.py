@@ -200,21 +200,22 @@ def _plot_bench(axes: Axes, bench: str, results: list[Result]) -> None:
         ]
         bars = axes.barh(
             places,
-            [result.ratio or 0 for result in own],
+            [(result.ratio or 1) - 1 for result in own],
+            left=1,
             height=thickness,
             color=DTYPE_COLOURS[dtype],
         )
-        labels = axes.bar_label(bars, [f"{result.ratio:.2f}×" for result in own], padding=4, fontsize=8)
-        for label in labels:  # legible where the line at 1 runs through it
-            label.set(bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=3)
+        axes.bar_label(bars, [f"{result.ratio:.2f}×" for result in own], padding=4, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
     names = [f"{workload}  {direction}" for workload, direction in groups]
     axes.set_yticks(range(len(groups)), names, fontsize=9)
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlim(0, 1.15 * max(1.0, *(result.ratio or 0 for result in results)))
-    axes.set_title(
-        f"{bench}: speed relative to torch (1 = as fast, longer is faster)", loc="left", fontsize=10
-    )
+    axes.set_xscale("log")  # twice as fast and half as fast are as far from 1
+    ratios = [result.ratio or 1 for result in results]
+    axes.set_xlim(min(0.5, 0.6 * min(ratios)), 1.6 * max(2, *ratios))
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_title(f"{bench}: speed relative to torch (right of 1 is faster)", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 
