@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from backends import AVAILABLE, DTYPES, assert_parity
@@ -152,13 +154,27 @@ def rotated(x, positions, turns, variant: DecodeVariant):
     return turned.to(x.dtype)
 
 
+def draw_untied(shape, dtype, turn):
+    """Normal numbers that fp32 arithmetic and float64 round alike after ``turn``: none, but small ones, is then
+    near to the middle of two numbers of dtype."""
+    x = torch.randn(shape).to(dtype)
+    while dtype != torch.float32:
+        exact = turn(x.double())
+        margin = 2.0**-21 * x.double().abs().amax(-1, keepdim=True)
+        tied = ((exact - margin).to(dtype) != (exact + margin).to(dtype)) & (exact.abs() > 2.0**-5)
+        rows = tied.any(-1)
+        if not rows.any():
+            break
+        x[rows] = torch.randn(int(rows.sum()), shape[-1]).to(dtype)
+    return x
+
+
 def variant_results(variant: DecodeVariant, backend, dtype, by_reference=False):
     """(what, got, plain, exact) of out and lse, after a look at the cache. Plain and exact, ``by_reference``
     that of attention, read the keys as they then lie in the cache."""
     case, batch, new = variant.case, len(variant.case.lengths), variant.case.appended
     cache = Paged(variant, dtype)
     before = [c.clone() for c in cache.caches]
-    q = torch.randn(batch, case.sq, case.nheads, case.headdim).to(dtype)
     k, v = (
         torch.randn(batch, new, case.nheads_k, dim).to(dtype) if new else None
         for dim in (case.headdim, case.headdim_v)
@@ -169,6 +185,13 @@ def variant_results(variant: DecodeVariant, backend, dtype, by_reference=False):
     tables = dtype if dtype != torch.float32 and variant.interleaved else torch.float32
     cos, sin = angles.cos().to(tables), angles.sin().to(tables)
     angles = torch.complex(cos.double(), sin.double())  # rounded as the tables are
+    steps = torch.arange(case.sq) if case.causal or max(case.window) >= 0 else torch.zeros(case.sq).long()
+
+    def turned(b, x):
+        return rotated(x, cache.pads[b] + case.lengths[b] + steps, angles, variant)
+
+    rows = (case.sq, case.nheads, case.headdim)
+    q = torch.stack([draw_untied(rows, dtype, functools.partial(turned, b)) for b in range(batch)])
     out, lse = fastgpt.attention_with_kvcache(
         q,
         *cache.caches,
@@ -192,7 +215,6 @@ def variant_results(variant: DecodeVariant, backend, dtype, by_reference=False):
     )
 
     # The cache: the new keys in their places, nothing else touched.
-    steps = torch.arange(case.sq) if case.causal or max(case.window) >= 0 else torch.zeros(case.sq).long()
     for which, fresh in enumerate((k, v)):
         for b, length in enumerate(case.lengths):
             if fresh is None:
@@ -223,9 +245,9 @@ def variant_results(variant: DecodeVariant, backend, dtype, by_reference=False):
         outs, lses = [], []
         for b, length in enumerate(case.lengths):
             keys, values = (cache.keys(which, b, length + new).to(precision) for which in (0, 1))
-            turned = rotated(q[b], cache.pads[b] + length + steps, angles, variant).to(precision)
             of_batch = slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1]
-            out, lse = attention(turned[None], keys[None], values[None], of_batch)
+            query = turned(b, q[b]).to(precision)
+            out, lse = attention(query[None], keys[None], values[None], of_batch)
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs), torch.cat(lses)
