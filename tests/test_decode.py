@@ -155,8 +155,8 @@ def rotated(x, positions, turns, variant: DecodeVariant):
 
 
 def draw_untied(shape, dtype, turn):
-    """Normal numbers that fp32 arithmetic and float64 round alike after ``turn``: none, but small ones, is then
-    near to the middle of two numbers of dtype."""
+    """Normal numbers that fp32 arithmetic and float64 round alike after ``turn``: but for small ones, none is
+    then near to the middle of two numbers of dtype."""
     x = torch.randn(shape).to(dtype)
     while dtype != torch.float32:
         exact = turn(x.double())
