@@ -151,18 +151,17 @@ template <>
 struct type_caster<fastgpt::Array> {
   PYBIND11_TYPE_CASTER(fastgpt::Array, const_name("torch.Tensor | None"));
   bool load(handle tensor, bool convert) {
-    static PyObject *const shape = PyUnicode_InternFromString("shape"), *const stride =
-                                                                            PyUnicode_InternFromString(
-                                                                                "stride");
+    static PyObject* const shape = PyUnicode_InternFromString("shape");
+    static PyObject* const stride = PyUnicode_InternFromString("stride");
     make_caster<fastgpt::Data> data;
     data.load(tensor, convert);
     static_cast<fastgpt::Data&>(value) = cast_op<fastgpt::Data&>(data);
     if (tensor.is_none()) return true;
     object sizes = fastgpt::checked(PyObject_GetAttr(tensor.ptr(), shape));
     object strides = fastgpt::checked(PyObject_CallMethodNoArgs(tensor.ptr(), stride));
-    value.ndim = PyTuple_Size(sizes.ptr());
-    if (value.ndim < 0 || PyTuple_Size(strides.ptr()) != value.ndim) throw error_already_set();
-    if (value.ndim > 4) return false;
+    if (!PyTuple_Check(sizes.ptr()) || !PyTuple_Check(strides.ptr())) return false;
+    value.ndim = PyTuple_GET_SIZE(sizes.ptr());
+    if (value.ndim > 4 || PyTuple_GET_SIZE(strides.ptr()) != value.ndim) return false;
     for (int64_t axis = 0; axis < value.ndim; axis++) {
       value.sizes[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), axis));
       value.strides[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), axis));
