@@ -577,7 +577,8 @@ def test_large_scores_do_not_overflow(backend):
 @pytest.mark.parametrize("deviation", [25, 400])
 @pytest.mark.parametrize("backend", KERNELS_CPU)
 def test_gradients_of_large_scores(backend, deviation):
-    # exp(s − lse) keeps as many digits of large scores as the forward only if they are its own, bit by bit.
+    # exp(s − lse) keeps its digits only if the scores are forward's, bit by bit: of deviation 400, dv has else 7.5
+    # times plain PyTorch's error. The rounding of lse itself makes it 3.6 there, 1.8 at 25.
     q, k, v, dout = (torch.randn(2, 300, 2, 64) for _ in range(4))
     inputs = [deviation * q, k, v]
 
@@ -592,7 +593,7 @@ def test_gradients_of_large_scores(backend, deviation):
     got = gradients(functools.partial(fastgpt.attention, backend=backend), inputs)
     expected = gradients(plain, inputs), gradients(plain, [t.double() for t in inputs])
     for name, *of_each in zip(("dq", "dk", "dv"), got, *expected, strict=True):
-        assert_parity(name, *of_each, factor=3)
+        assert_parity(name, *of_each, factor=3 if deviation < 400 else 5)
 
 
 @pytest.mark.parametrize("backend", KERNELS_CPU)
