@@ -577,8 +577,8 @@ def test_large_scores_do_not_overflow(backend):
 @pytest.mark.parametrize("deviation", [25, 400])
 @pytest.mark.parametrize("backend", KERNELS_CPU)
 def test_gradients_of_large_scores(backend, deviation):
-    # exp(s − lse) keeps its digits only if the scores are forward's, bit by bit: of deviation 400, dv has else 7.5
-    # times plain PyTorch's error. The rounding of lse itself makes it 3.6 there, 1.8 at 25.
+    # exp(s − lse) keeps its digits only if the scores are forward's, bit by bit: of deviation 400, dv has
+    # 7.5 times plain PyTorch's error else, and 3.6 by the rounding of lse alone (1.8 at 25).
     q, k, v, dout = (torch.randn(2, 300, 2, 64) for _ in range(4))
     inputs = [deviation * q, k, v]
 
