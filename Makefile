@@ -30,7 +30,7 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/fastgpt demo --plot demo.png
 
 test: $(VENV)/.stamp-dev
-	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest
+	TRITON_INTERPRET=1 FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu,triton $(BIN)/python -m pytest
 
 # 600 random specifications of each op against `reference`: what ran is in the statistics.
 nightly: $(VENV)/.stamp-dev

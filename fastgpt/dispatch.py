@@ -76,6 +76,19 @@ def _probe_cpu() -> str | None:
     return None
 
 
+def _probe_triton() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"importing triton failed: {error}"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"triton {triton.__version__} is older than 3.6"
+    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to test them)"
+    return None
+
+
 def _probe_unwritten() -> str:
     return "this version of fastgpt has no kernels for it"
 
@@ -88,7 +101,7 @@ BACKENDS = {
     "reference": _probe_always,
     "torch": _probe_always,
     "cpu": _probe_cpu,
-    "triton": _probe_unwritten,
+    "triton": _probe_triton,
     "cuda": _probe_unwritten,
 }
 

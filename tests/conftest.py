@@ -1,15 +1,44 @@
 """Every test runs with uninitialised memory poisoned: torch.empty gives NaN, and so does the scratch
 memory of the CPU kernels."""
 
+import os
+
 import pytest
 import torch
-from backends import poison_scratch
+from backends import AVAILABLE, poison_scratch
 from hypothesis import settings
 
 # How many random cases each test of tests/test_random.py draws; --hypothesis-profile=nightly chooses more.
 settings.register_profile("test", max_examples=25, deadline=None)
 settings.register_profile("nightly", max_examples=600, deadline=None)
 settings.load_profile("test")
+
+
+def quicken_interpreter() -> None:
+    """Triton's interpreter prepares the language for a device function at each call of it, which takes as
+    long as the call. Once a launch is enough."""
+    from triton.runtime import interpreter
+
+    prepared: set[int] = set()
+    run_grid = interpreter.GridExecutor.__call__
+
+    def call(self, *args, **kwargs):
+        language = id(self.fn.__globals__)
+        if language not in prepared:
+            prepared.add(language)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    def launch(self, *args, **kwargs):
+        prepared.clear()
+        return run_grid(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.GridExecutor.__call__ = launch
+
+
+if "triton" in AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1":
+    quicken_interpreter()
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +52,6 @@ def poison():
 @pytest.fixture(autouse=True)
 def fresh_random_inputs(request):
     """A new seed every run, printed when a test fails; FASTGPT_TEST_SEED repeats a run."""
-    import os
-
     seed = int(os.environ.get("FASTGPT_TEST_SEED", torch.seed() % 2**32))
     torch.manual_seed(seed)
     request.node.user_properties.append(("FASTGPT_TEST_SEED", seed))
