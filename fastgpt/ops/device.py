@@ -12,7 +12,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-# In every Triton from 3.6 to 3.9 the interpreter multiplies the bit patterns of bf16 operands in tl.dot.
+# In every Triton from 3.6 to 3.9 the interpreter multiplies the bit patterns of bf16 operands in tl.dot and
+# truncates fp32 to bf16: `dot` and `cast` mend that, and nothing else may do what they do.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -24,6 +25,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 in another floating type, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

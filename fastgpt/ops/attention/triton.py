@@ -20,11 +20,11 @@ from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTe
 from fastgpt.ops.device import (
     INF,
     LOG2E,
+    cast,
     dot,
     key_range,
     offset,
     philox_keep,
-    query_range,
     softmax_end,
     softmax_step,
     tanh,
@@ -165,7 +165,7 @@ def _store(base, offsets, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexp
     mask = inside[:, None]
     if WIDTH != BLOCK:
         mask = mask & (column < WIDTH)[None, :]
-    tl.store(base + offsets[:, None] + column[None, :], value.to(base.dtype.element_ty), mask=mask)
+    tl.store(base + offsets[:, None] + column[None, :], cast(value, base.dtype.element_ty), mask=mask)
 
 
 class _Scores(NamedTuple):
@@ -281,13 +281,13 @@ def _forward_tiles(
         v = _load(
             V + offset(first, stride_vs, C.MULTIPLE), v_offsets, inside, C.HEADDIM_V, C.BLOCK_DV, MASKED
         )
-        acc = dot(p.to(v.dtype), v, acc * alpha[:, None], C.PRECISION)
+        acc = dot(cast(p, v.dtype), v, acc * alpha[:, None], C.PRECISION)
     return m, l, acc
 
 
 # Lengths and strides: a new one compiles nothing.
-_LENGTHS = "batch nheads group seqlen_q seqlen_k window_left window_right dropout_threshold".split()
-_BIAS_STRIDES = "stride_bias_b stride_bias_h stride_bias_q stride_bias_k stride_alibi_b".split()
+_LENGTHS = ["batch", "nheads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right", "dropout_threshold"]
+_BIAS_STRIDES = ["stride_bias_b", "stride_bias_h", "stride_bias_q", "stride_bias_k", "stride_alibi_b"]
 
 
 def _strides(names: str) -> list[str]:
