@@ -79,7 +79,7 @@ def block_dim(headdim: int) -> int:
 
 
 def vector_multiple(*tensors: Tensor) -> int:
-    """Elements of 16 bytes if that divides every stride but the last of all these tensors, of one dtype; else 1."""
+    """Elements of 16 bytes, if that divides every stride but the last of these tensors of one dtype, or 1."""
     vector = VECTOR // tensors[0].element_size()
     aligned = all(stride % vector == 0 for t in tensors for stride in t.stride()[:-1])
     return vector if aligned else 1
