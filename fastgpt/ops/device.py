@@ -45,6 +45,66 @@ def offset(index, stride, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
+def rows_from(
+    base, count, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """What load_rows takes its tiles (ROWS, BLOCK) from: count rows of WIDTH elements, ``stride`` apart. TMA: a
+    tensor descriptor, by which Hopper and later copy a tile past the threads' registers; else ``base``."""
+    if TMA:
+        return tl.make_tensor_descriptor(
+            base,
+            shape=[tl.maximum(count, 1), WIDTH],
+            strides=[tl.cast(stride, tl.int64), 1],
+            block_shape=[ROWS, BLOCK],
+        )
+    else:
+        return base
+
+
+@triton.jit
+def load_rows(
+    source, first, count, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MULTIPLE: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows first, ..., first + ROWS − 1 of what rows_from gave, 0 beyond WIDTH and beyond count, which a tile
+    that is not MASKED must not reach."""
+    if TMA:
+        tile = source.load([tl.cast(first, tl.int32), 0])
+    else:
+        rows = tl.arange(0, ROWS)
+        column = tl.arange(0, BLOCK)
+        source += offset(first, stride, MULTIPLE)
+        pointers = source + offset(rows, stride, MULTIPLE)[:, None] + column[None, :]
+        if MASKED and WIDTH != BLOCK:
+            mask = (first + rows < count)[:, None] & (column < WIDTH)[None, :]
+            tile = tl.load(pointers, mask=mask, other=0.0)
+        elif MASKED:
+            tile = tl.load(pointers, mask=(first + rows < count)[:, None], other=0.0)
+        elif WIDTH != BLOCK:
+            tile = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(
+    base, first, count, stride, value, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """The converse of load_rows, for fp32 values."""
+    rows = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    base += offset(first, stride, MULTIPLE)
+    mask = (first + rows < count)[:, None]
+    if WIDTH != BLOCK:
+        mask = mask & (column < WIDTH)[None, :]
+    pointers = base + offset(rows, stride, MULTIPLE)[:, None] + column[None, :]
+    tl.store(pointers, cast(value, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def visible(i, j, shift, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """The mask predicate: key j is visible to query i iff i + shift − left <= j <= i + shift + right, shift
     being seqlen_k − seqlen_q. HAS_LEFT and HAS_RIGHT say which ends there are."""

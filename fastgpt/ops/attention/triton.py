@@ -24,10 +24,13 @@ from fastgpt.ops.device import (
     cast,
     dot,
     in_sight,
+    load_rows,
     offset,
     philox_keep,
+    rows_from,
     softmax_end,
     softmax_step,
+    store_rows,
     tanh,
     visible,
 )
@@ -170,29 +173,6 @@ def _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q):
     return (tl.cast(b, tl.int64) * nheads + h) * seqlen_q
 
 
-@triton.jit
-def _load(base, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of rows of WIDTH elements, 0 beyond WIDTH and, if MASKED, in rows that are not inside."""
-    column = tl.arange(0, BLOCK)
-    pointers = base + offsets[:, None] + column[None, :]
-    if MASKED:
-        if WIDTH == BLOCK:
-            return tl.load(pointers, mask=inside[:, None], other=0.0)
-        return tl.load(pointers, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
-    if WIDTH == BLOCK:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(base, offsets, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    mask = inside[:, None]
-    if WIDTH != BLOCK:
-        mask = mask & (column < WIDTH)[None, :]
-    tl.store(base + offsets[:, None] + column[None, :], cast(value, base.dtype.element_ty), mask=mask)
-
-
 class _Scores(NamedTuple):
     """What the scores of one head of one sequence are made of."""
 
@@ -225,6 +205,7 @@ class _Constants(NamedTuple):
     PLAIN: bool  # s = softmax_scale · q·k with softmax_scale > 0, and nothing else
     SOFTCAP: bool
     MULTIPLE: int  # divides all strides of q, k, v and what has their dtype (device.offset)
+    TMA: bool  # device.rows_from
     PRECISION: str  # device.dot
 
 
@@ -292,15 +273,11 @@ def _forward_tiles(
 ):  # fmt: skip
     """The softmax state after the blocks of keys from begin to end."""
     rows = tl.arange(0, C.BLOCK_N)
-    k_offsets = offset(rows, stride_ks, C.MULTIPLE)
-    v_offsets = offset(rows, stride_vs, C.MULTIPLE)
     for first in tl.range(begin, end, C.BLOCK_N):
         j = first + rows
-        inside = j < spec.seqlen_k
-        k = _load(K + offset(first, stride_ks, C.MULTIPLE), k_offsets, inside, C.HEADDIM, C.BLOCK_D, MASKED)
-        v = _load(
-            V + offset(first, stride_vs, C.MULTIPLE), v_offsets, inside, C.HEADDIM_V, C.BLOCK_DV, MASKED
-        )
+        sk = spec.seqlen_k
+        k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, C.TMA, MASKED)
+        v = load_rows(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE, C.TMA, MASKED)
         qk = dot(q, tl.trans(k), None, C.PRECISION)
         s, factor, _ = _score_tile(qk, i[:, None], j[None, :], spec, tensors, C, MASKED)
         p, alpha, m, l = softmax_step(s, m, l, factor)
@@ -348,10 +325,12 @@ def attention_forward(
         b, h, sq, sk, tensors, nheads, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
         stride_alibi_b, window_left, window_right, softmax_scale, softcap, dropout_threshold, dropout_scale,
     )  # fmt: skip
-    Q += _start(b, first_q + first, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
+    Q += _start(b, first_q, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
     K += _start(b, first_k, h // group, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
     V += _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
-    q = _load(Q, offset(rows, stride_qs, C.MULTIPLE), i < sq, C.HEADDIM, C.BLOCK_D, True)
+    q = load_rows(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE, False, True)
+    K = rows_from(K, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
+    V = rows_from(V, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
 
     m = tl.full((C.BLOCK_M,), -INF, tl.float32)
     l = tl.full((C.BLOCK_M,), 0.0, tl.float32)
@@ -376,8 +355,8 @@ def attention_forward(
 
     inverse, lse = softmax_end(m, l)
     acc *= (inverse * dropout_scale)[:, None]
-    Out += _start(b, first_q + first, h, stride_ob, stride_os, stride_oh, C.MULTIPLE)
-    _store(Out, offset(rows, stride_os, C.MULTIPLE), i < sq, acc, C.HEADDIM_V, C.BLOCK_DV)
+    Out += _start(b, first_q, h, stride_ob, stride_os, stride_oh, C.MULTIPLE)
+    store_rows(Out, first, sq, stride_os, acc, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE)
     Lse += _lse_row(b, h, first_q, tensors.cu_seqlens_q, nheads, seqlen_q)
     tl.store(Lse + i, lse, mask=i < sq)
 
@@ -395,10 +374,10 @@ def attention_delta(
     first = block * C.BLOCK_M
     rows = tl.arange(0, C.BLOCK_M)
     i = first + rows
-    Out += _start(b, first_q + first, h, stride_ob, stride_os, stride_oh, C.MULTIPLE)
-    dOut += _start(b, first_q + first, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
-    out = _load(Out, offset(rows, stride_os, C.MULTIPLE), i < sq, C.HEADDIM_V, C.BLOCK_DV, True)
-    dout = _load(dOut, offset(rows, stride_dos, C.MULTIPLE), i < sq, C.HEADDIM_V, C.BLOCK_DV, True)
+    Out += _start(b, first_q, h, stride_ob, stride_os, stride_oh, C.MULTIPLE)
+    dOut += _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
+    out = load_rows(Out, first, sq, stride_os, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, False, True)
+    dout = load_rows(dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, False, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     at = _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q)
     if dLse is not None:
@@ -423,15 +402,9 @@ def _ds_tile(
     dropped out like p. Also d softcap(x) / dx, and k."""
     rows = tl.arange(0, C.BLOCK_N)
     j = first + rows
-    inside = j < spec.seqlen_k
-    k = _load(
-        K + offset(first, stride_ks, C.MULTIPLE), offset(rows, stride_ks, C.MULTIPLE), inside,
-        C.HEADDIM, C.BLOCK_D, MASKED,
-    )  # fmt: skip
-    v = _load(
-        V + offset(first, stride_vs, C.MULTIPLE), offset(rows, stride_vs, C.MULTIPLE), inside,
-        C.HEADDIM_V, C.BLOCK_DV, MASKED,
-    )  # fmt: skip
+    sk = spec.seqlen_k
+    k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, C.TMA, MASKED)
+    v = load_rows(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE, C.TMA, MASKED)
     qk = dot(q, tl.trans(k), None, C.PRECISION)
     s, factor, derivative = _score_tile(qk, i[:, None], j[None, :], spec, tensors, C, MASKED)
     p = tl.exp2(s * factor - lse[:, None])
@@ -479,13 +452,15 @@ def attention_dq(
         b, h, sq, sk, tensors, nheads, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
         stride_alibi_b, window_left, window_right, softmax_scale, softcap, dropout_threshold, dropout_scale,
     )  # fmt: skip
-    Q += _start(b, first_q + first, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
+    Q += _start(b, first_q, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
     K += _start(b, first_k, h // group, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
     V += _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
-    dOut += _start(b, first_q + first, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
+    dOut += _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
     at = _lse_row(b, h, first_q, tensors.cu_seqlens_q, nheads, seqlen_q)
-    q = _load(Q, offset(rows, stride_qs, C.MULTIPLE), i < sq, C.HEADDIM, C.BLOCK_D, True)
-    dout = _load(dOut, offset(rows, stride_dos, C.MULTIPLE), i < sq, C.HEADDIM_V, C.BLOCK_DV, True)
+    q = load_rows(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE, False, True)
+    K = rows_from(K, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
+    V = rows_from(V, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
+    dout = load_rows(dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, False, True)
     lse, delta = _load_rows(Lse + at, Delta + at, i, sq)
 
     dq = tl.full((C.BLOCK_M, C.BLOCK_D), 0.0, tl.float32)
@@ -503,8 +478,8 @@ def attention_dq(
     dq = _dq_tiles(
         full_end, end, dq, q, dout, lse, delta, i, K, V, stride_ks, stride_vs, spec, tensors, C, True
     )
-    dQ += _start(b, first_q + first, h, stride_dqb, stride_dqs, stride_dqh, C.MULTIPLE)
-    _store(dQ, offset(rows, stride_dqs, C.MULTIPLE), i < sq, dq * softmax_scale, C.HEADDIM, C.BLOCK_D)
+    dQ += _start(b, first_q, h, stride_dqb, stride_dqs, stride_dqh, C.MULTIPLE)
+    store_rows(dQ, first, sq, stride_dqs, dq * softmax_scale, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE)
 
 
 @triton.jit
@@ -513,16 +488,17 @@ def _dkdv_tiles(
     C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dk / softmax_scale and dv · (1 − dropout_p) after the blocks of queries from begin to end:
-    _forward_tiles' derivatives by k and v. Keys are the tile's rows, so p and ds need no transposition."""
+    _forward_tiles' derivatives by k and v. Keys are the tile's rows, so p and ds need no transposition.
+
+    Keys beyond the last and queries beyond the last need no mask: the former have rows of dk and dv of their own,
+    which are not stored, and the latter's p is 0 (_load_rows)."""
     rows = tl.arange(0, C.BLOCK_M)
-    q_offsets = offset(rows, stride_qs, C.MULTIPLE)
-    do_offsets = offset(rows, stride_dos, C.MULTIPLE)
     for first in tl.range(begin, end, C.BLOCK_M):
         i = first + rows
-        inside = i < spec.seqlen_q
-        q = _load(Q + offset(first, stride_qs, C.MULTIPLE), q_offsets, inside, C.HEADDIM, C.BLOCK_D, MASKED)
-        dout = _load(
-            dOut + offset(first, stride_dos, C.MULTIPLE), do_offsets, inside, C.HEADDIM_V, C.BLOCK_DV, MASKED
+        sq = spec.seqlen_q
+        q = load_rows(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE, C.TMA, True)
+        dout = load_rows(
+            dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, C.TMA, True
         )
         lse, delta = _load_rows(Lse, Delta, i, spec.seqlen_q)
         kq = dot(k, tl.trans(q), None, C.PRECISION)
@@ -565,10 +541,10 @@ def attention_dkdv(
         return
     rows = tl.arange(0, C.BLOCK_N)
     j = first + rows
-    K += _start(b, first_k + first, h_k, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
-    V += _start(b, first_k + first, h_k, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
-    k = _load(K, offset(rows, stride_ks, C.MULTIPLE), j < sk, C.HEADDIM, C.BLOCK_D, True)
-    v = _load(V, offset(rows, stride_vs, C.MULTIPLE), j < sk, C.HEADDIM_V, C.BLOCK_DV, True)
+    K += _start(b, first_k, h_k, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
+    V += _start(b, first_k, h_k, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
+    k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, False, True)
+    v = load_rows(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE, False, True)
 
     dk = tl.full((C.BLOCK_N, C.BLOCK_D), 0.0, tl.float32)
     dv = tl.full((C.BLOCK_N, C.BLOCK_DV), 0.0, tl.float32)
@@ -576,6 +552,8 @@ def attention_dkdv(
     begin, full_begin, full_end, end = in_sight(
         first, last, sq - sk, sq, window_right, window_left, C.HAS_RIGHT, C.HAS_LEFT, C.BLOCK_M
     )
+    if not C.HAS_LEFT:
+        full_end = end
     for h in tl.range(h_k * group, (h_k + 1) * group):
         spec = _scores(
             b, h, sq, sk, tensors, nheads, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
@@ -584,24 +562,27 @@ def attention_dkdv(
         )  # fmt: skip
         q_base = Q + _start(b, first_q, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
         do_base = dOut + _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
+        q_rows = rows_from(q_base, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.TMA)
+        do_rows = rows_from(do_base, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.TMA)
         at = _lse_row(b, h, first_q, tensors.cu_seqlens_q, nheads, seqlen_q)
         if C.HAS_RIGHT:
             dk, dv = _dkdv_tiles(
-                begin, full_begin, dk, dv, k, v, j, first, q_base, do_base, Lse + at, Delta + at,
+                begin, full_begin, dk, dv, k, v, j, first, q_rows, do_rows, Lse + at, Delta + at,
                 stride_qs, stride_dos, spec, tensors, C, True,
             )  # fmt: skip
         dk, dv = _dkdv_tiles(
-            full_begin, full_end, dk, dv, k, v, j, first, q_base, do_base, Lse + at, Delta + at,
+            full_begin, full_end, dk, dv, k, v, j, first, q_rows, do_rows, Lse + at, Delta + at,
             stride_qs, stride_dos, spec, tensors, C, False,
         )  # fmt: skip
-        dk, dv = _dkdv_tiles(
-            full_end, end, dk, dv, k, v, j, first, q_base, do_base, Lse + at, Delta + at,
-            stride_qs, stride_dos, spec, tensors, C, True,
-        )  # fmt: skip
-    dK += _start(b, first_k + first, h_k, stride_dkb, stride_dks, stride_dkh, C.MULTIPLE)
-    dV += _start(b, first_k + first, h_k, stride_dvb, stride_dvs, stride_dvh, C.MULTIPLE)
-    _store(dK, offset(rows, stride_dks, C.MULTIPLE), j < sk, dk * softmax_scale, C.HEADDIM, C.BLOCK_D)
-    _store(dV, offset(rows, stride_dvs, C.MULTIPLE), j < sk, dv * dropout_scale, C.HEADDIM_V, C.BLOCK_DV)
+        if C.HAS_LEFT:
+            dk, dv = _dkdv_tiles(
+                full_end, end, dk, dv, k, v, j, first, q_rows, do_rows, Lse + at, Delta + at,
+                stride_qs, stride_dos, spec, tensors, C, True,
+            )  # fmt: skip
+    dK += _start(b, first_k, h_k, stride_dkb, stride_dks, stride_dkh, C.MULTIPLE)
+    dV += _start(b, first_k, h_k, stride_dvb, stride_dvs, stride_dvh, C.MULTIPLE)
+    store_rows(dK, first, sk, stride_dks, dk * softmax_scale, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE)
+    store_rows(dV, first, sk, stride_dvs, dv * dropout_scale, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE)
 
 
 @triton.jit(do_not_specialize=[*_numbers("q k v do"), "bias_b", "bias_h", "bias_q", "bias_k"])
@@ -647,16 +628,23 @@ def attention_dbias(
             do_base = dOut + _start(b, 0, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
             k_base = K + _start(b, first_k, h // group, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
             v_base = V + _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
+            k_rows = rows_from(k_base, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
+            v_rows = rows_from(v_base, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
             at = _lse_row(b, h, 0, None, nheads, seqlen_q)
             for i_block in tl.range(first_i, end_i, C.BLOCK_M):
                 i = i_block + rows_m
-                here = i < seqlen_q
-                q = _load(q_base, offset(i, stride_qs, C.MULTIPLE), here, C.HEADDIM, C.BLOCK_D, True)
-                dout = _load(do_base, offset(i, stride_dos, C.MULTIPLE), here, C.HEADDIM_V, C.BLOCK_DV, True)
+                q = load_rows(
+                    q_base, i_block, seqlen_q, stride_qs,
+                    C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE, False, True,
+                )  # fmt: skip
+                dout = load_rows(
+                    do_base, i_block, seqlen_q, stride_dos,
+                    C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, False, True,
+                )  # fmt: skip
                 lse, delta = _load_rows(Lse + at, Delta + at, i, seqlen_q)
                 for j_block in tl.range(first_j, end_j, C.BLOCK_N):
                     ds, _, _ = _ds_tile(
-                        q, dout, lse, delta, i, j_block, k_base, v_base, stride_ks, stride_vs, spec, tensors,
+                        q, dout, lse, delta, i, j_block, k_rows, v_rows, stride_ks, stride_vs, spec, tensors,
                         C, True,
                     )  # fmt: skip
                     dbias += ds
@@ -714,7 +702,9 @@ def _constants(
     plain = not (spec.softcap or spec.alibi or spec.bias) and spec.softmax_scale > 0
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
-    return _Constants(*map(tl.constexpr, (*sizes, *flags, multiple, launch.precision()))), config
+    return _Constants(
+        *map(tl.constexpr, (*sizes, *flags, multiple, multiple > 1 and launch.has_tma(), launch.precision()))
+    ), config
 
 
 def _programs(t: Tensor, cu_seqlens: Tensor | None, block: int) -> int:
