@@ -91,17 +91,20 @@ def load_rows(
 @triton.jit
 def store_rows(
     base, first, count, stride, value, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    MULTIPLE: tl.constexpr,
+    MULTIPLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The converse of load_rows, for fp32 values."""
-    rows = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    base += offset(first, stride, MULTIPLE)
-    mask = (first + rows < count)[:, None]
-    if WIDTH != BLOCK:
-        mask = mask & (column < WIDTH)[None, :]
-    pointers = base + offset(rows, stride, MULTIPLE)[:, None] + column[None, :]
-    tl.store(pointers, cast(value, base.dtype.element_ty), mask=mask)
+    value = cast(value, base.dtype.element_ty)
+    if TMA:
+        rows_from(base, count, stride, WIDTH, ROWS, BLOCK, TMA).store([tl.cast(first, tl.int32), 0], value)
+    else:
+        rows = tl.arange(0, ROWS)
+        column = tl.arange(0, BLOCK)
+        mask = (first + rows < count)[:, None]
+        if WIDTH != BLOCK:
+            mask = mask & (column < WIDTH)[None, :]
+        base += offset(first, stride, MULTIPLE)
+        tl.store(base + offset(rows, stride, MULTIPLE)[:, None] + column[None, :], value, mask=mask)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ CONFIGS = {
     ("default", 256, "forward"): Config(64, 32, 4, 2),
     ("default", 512, "forward"): Config(32, 32, 4, 1),
     ("default", 1024, "forward"): Config(16, 16, 4, 1),
-    ("default", 1024, "delta"): Config(32, 32, 4, 1),
+    ("default", 1024, "rows"): Config(128, 128, 8, 1),
     ("default", 128, "dkdv"): Config(32, 64, 4, 2),
     ("default", 256, "dkdv"): Config(32, 32, 4, 1),
     ("default", 512, "dkdv"): Config(16, 32, 4, 1),
@@ -67,7 +67,7 @@ CONFIGS = {
     ("default", 1024, "dq"): Config(16, 16, 4, 1),
     ("default", 1024, "dbias"): Config(16, 16, 4, 1),
     ("interpreter", 1024, "forward"): Config(32, 64, 4, 1),
-    ("interpreter", 1024, "delta"): Config(64, 64, 4, 1),
+    ("interpreter", 1024, "rows"): Config(128, 128, 8, 1),
     ("interpreter", 1024, "dkdv"): Config(64, 32, 4, 1),
     ("interpreter", 1024, "dq"): Config(32, 64, 4, 1),
     ("interpreter", 1024, "dbias"): Config(64, 32, 4, 1),
@@ -75,7 +75,7 @@ CONFIGS = {
     ("sm_90", 256, "forward"): Config(128, 128, 8, 2),
     ("sm_90", 512, "forward"): Config(128, 64, 8, 2),
     ("sm_90", 1024, "forward"): Config(64, 32, 8, 1),
-    ("sm_90", 1024, "delta"): Config(64, 64, 4, 1),
+    ("sm_90", 1024, "rows"): Config(128, 128, 8, 1),
     ("sm_90", 128, "dkdv"): Config(64, 128, 8, 2),
     ("sm_90", 256, "dkdv"): Config(64, 128, 8, 2),
     ("sm_90", 512, "dkdv"): Config(64, 64, 8, 1),
@@ -163,6 +163,14 @@ def _key_rows(b, cu_seqlens_k, seqused_k, leftpad_k, seqlen_k):
 def _start(b, row, h, stride_b, stride_s, stride_h, MULTIPLE: tl.constexpr):
     """Where that row of that head begins; stride_b is 0 for packed sequences."""
     return offset(b, stride_b, MULTIPLE) + offset(row, stride_s, MULTIPLE) + offset(h, stride_h, MULTIPLE)
+
+
+@triton.jit
+def _load_once(
+    base, first, count, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr
+):
+    source = rows_from(base, count, stride, WIDTH, ROWS, BLOCK, C.TMA)
+    return load_rows(source, first, count, stride, WIDTH, ROWS, BLOCK, C.MULTIPLE, C.TMA, True)
 
 
 @triton.jit
@@ -287,6 +295,8 @@ def _forward_tiles(
     return m, l, acc
 
 
+ROWS = tl.constexpr(128)  # of queries, of which the backward kernels take some at a time
+
 # A new length or stride compiles nothing.
 _NUMBERS = [
     *("batch", "nheads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right", "dropout_threshold"),
@@ -328,7 +338,7 @@ def attention_forward(
     Q += _start(b, first_q, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
     K += _start(b, first_k, h // group, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
     V += _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
-    q = load_rows(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE, False, True)
+    q = _load_once(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
     K = rows_from(K, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
     V = rows_from(V, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
 
@@ -356,41 +366,55 @@ def attention_forward(
     inverse, lse = softmax_end(m, l)
     acc *= (inverse * dropout_scale)[:, None]
     Out += _start(b, first_q, h, stride_ob, stride_os, stride_oh, C.MULTIPLE)
-    store_rows(Out, first, sq, stride_os, acc, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE)
+    store_rows(Out, first, sq, stride_os, acc, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, C.TMA)
     Lse += _lse_row(b, h, first_q, tensors.cu_seqlens_q, nheads, seqlen_q)
     tl.store(Lse + i, lse, mask=i < sq)
 
 
+@triton.jit
+def _row_start(b, h, cu_seqlens_q, batch, nheads, seqlen_q):
+    """Where query 0 of (b, h) is in what attention_rows makes, whose sequences begin at multiples of ROWS."""
+    if cu_seqlens_q is not None:
+        first = tl.load(cu_seqlens_q + b) // ROWS + b
+        return (tl.cast(h, tl.int64) * (seqlen_q // ROWS + batch) + first) * ROWS
+    else:
+        return (tl.cast(b, tl.int64) * nheads + h) * tl.cdiv(seqlen_q, ROWS) * ROWS
+
+
 @triton.jit(do_not_specialize=_numbers("o do"))
-def attention_delta(
-    Out, dOut, dLse, Delta, cu_seqlens_q,
+def attention_rows(
+    Out, dOut, Lse, dLse, Lse2, Delta, dSink, cu_seqlens_q, sink,
     stride_ob, stride_os, stride_oh, stride_dob, stride_dos, stride_doh,
     batch, nheads, seqlen_q,
     C: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ_d dout · out − dlse of a block of queries of one head; dLse (or None) and Delta like Lse."""
-    b, h, block = _place(tl.program_id(0), cu_seqlens_q, batch, nheads, seqlen_q, C.BLOCK_M)
+    """What the backward kernels need of each query: lse in base 2 and delta = Σ_d dout · out − dlse.
+
+    Lse, dLse (or None): as of attention_forward. A query that saw no key, or is none, gets Lse2 = inf: its
+    probabilities 2^(s − Lse2) are 0. dSink: a number a program, which add up to the gradient of sink (or None).
+    """
+    b, h, block = _place(tl.program_id(0), cu_seqlens_q, batch, nheads, seqlen_q, ROWS)
     first_q, sq = _rows(b, cu_seqlens_q, seqlen_q)
-    first = block * C.BLOCK_M
-    rows = tl.arange(0, C.BLOCK_M)
-    i = first + rows
+    first = block * ROWS
+    if first >= sq:
+        return
+    i = first + tl.arange(0, ROWS)
     Out += _start(b, first_q, h, stride_ob, stride_os, stride_oh, C.MULTIPLE)
     dOut += _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
-    out = load_rows(Out, first, sq, stride_os, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, False, True)
-    dout = load_rows(dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, False, True)
+    out = _load_once(Out, first, sq, stride_os, C.HEADDIM_V, ROWS, C.BLOCK_DV, C)
+    dout = _load_once(dOut, first, sq, stride_dos, C.HEADDIM_V, ROWS, C.BLOCK_DV, C)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    at = _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q)
+    at = _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q) + i
+    lse = tl.load(Lse + at, mask=i < sq, other=INF)
     if dLse is not None:
-        delta -= tl.load(dLse + at + i, mask=i < sq, other=0.0)
-    tl.store(Delta + at + i, delta, mask=i < sq)
-
-
-@triton.jit
-def _load_rows(Lse, Delta, i, seqlen_q):
-    """lse in base 2 and delta of queries i. A query that saw no key, or is none, gets lse = inf: its
-    probabilities 2^(s − lse) are 0."""
-    lse = tl.load(Lse + i, mask=i < seqlen_q, other=INF)
-    return tl.where(lse == -INF, INF, lse * LOG2E), tl.load(Delta + i, mask=i < seqlen_q, other=0.0)
+        delta -= tl.load(dLse + at, mask=i < sq, other=0.0)
+    at = _row_start(b, h, cu_seqlens_q, batch, nheads, seqlen_q) + i
+    lse = tl.where(lse == -INF, INF, lse * LOG2E)
+    tl.store(Lse2 + at, lse)
+    tl.store(Delta + at, delta)
+    if sink is not None:  # a key of value 0: its dp is 0
+        p = tl.exp2(tl.load(sink + h) * LOG2E - lse)
+        tl.store(dSink + tl.program_id(0), -tl.sum(p * delta))
 
 
 @triton.jit
@@ -430,7 +454,7 @@ def _dq_tiles(
 
 @triton.jit(do_not_specialize=_numbers("q k v do dq"))
 def attention_dq(
-    Q, K, V, dOut, Lse, Delta, dQ, tensors,
+    Q, K, V, dOut, Lse2, Delta, dQ, tensors,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dos, stride_doh, stride_dqb, stride_dqs, stride_dqh,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_alibi_b,
@@ -456,12 +480,13 @@ def attention_dq(
     K += _start(b, first_k, h // group, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
     V += _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
     dOut += _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
-    at = _lse_row(b, h, first_q, tensors.cu_seqlens_q, nheads, seqlen_q)
-    q = load_rows(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE, False, True)
+    at = _row_start(b, h, tensors.cu_seqlens_q, batch, nheads, seqlen_q)
+    q = _load_once(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
     K = rows_from(K, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
     V = rows_from(V, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
-    dout = load_rows(dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, False, True)
-    lse, delta = _load_rows(Lse + at, Delta + at, i, sq)
+    dout = _load_once(dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
+    lse = tl.load(Lse2 + at + i)
+    delta = tl.load(Delta + at + i)
 
     dq = tl.full((C.BLOCK_M, C.BLOCK_D), 0.0, tl.float32)
     last = tl.minimum(first + C.BLOCK_M, sq) - 1
@@ -479,19 +504,21 @@ def attention_dq(
         full_end, end, dq, q, dout, lse, delta, i, K, V, stride_ks, stride_vs, spec, tensors, C, True
     )
     dQ += _start(b, first_q, h, stride_dqb, stride_dqs, stride_dqh, C.MULTIPLE)
-    store_rows(dQ, first, sq, stride_dqs, dq * softmax_scale, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE)
+    store_rows(
+        dQ, first, sq, stride_dqs, dq * softmax_scale, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE, C.TMA
+    )
 
 
 @triton.jit
 def _dkdv_tiles(
-    begin, end, dk, dv, k, v, j, first_key, Q, dOut, Lse, Delta, stride_qs, stride_dos, spec, tensors,
+    begin, end, dk, dv, k, v, j, first_key, Q, dOut, Lse2, Delta, stride_qs, stride_dos, spec, tensors,
     C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dk / softmax_scale and dv · (1 − dropout_p) after the blocks of queries from begin to end:
     _forward_tiles' derivatives by k and v. Keys are the tile's rows, so p and ds need no transposition.
 
     Keys beyond the last and queries beyond the last need no mask: the former have rows of dk and dv of their own,
-    which are not stored, and the latter's p is 0 (_load_rows)."""
+    which are not stored, and the latter's p is 0 (attention_rows)."""
     rows = tl.arange(0, C.BLOCK_M)
     for first in tl.range(begin, end, C.BLOCK_M):
         i = first + rows
@@ -500,7 +527,12 @@ def _dkdv_tiles(
         dout = load_rows(
             dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, C.TMA, True
         )
-        lse, delta = _load_rows(Lse, Delta, i, spec.seqlen_q)
+        if C.TMA:
+            lse = Lse2.load([tl.cast(first, tl.int32)])
+            delta = Delta.load([tl.cast(first, tl.int32)])
+        else:
+            lse = tl.load(Lse2 + i)
+            delta = tl.load(Delta + i)
         kq = dot(k, tl.trans(q), None, C.PRECISION)
         s, factor, derivative = _score_tile(kq, i[None, :], j[:, None], spec, tensors, C, MASKED)
         p = tl.exp2(s * factor - lse[None, :])
@@ -518,7 +550,7 @@ def _dkdv_tiles(
 
 @triton.jit(do_not_specialize=_numbers("q k v do dk dv"))
 def attention_dkdv(
-    Q, K, V, dOut, Lse, Delta, dK, dV, tensors,
+    Q, K, V, dOut, Lse2, Delta, dK, dV, tensors,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dos, stride_doh,
     stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
@@ -543,8 +575,8 @@ def attention_dkdv(
     j = first + rows
     K += _start(b, first_k, h_k, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
     V += _start(b, first_k, h_k, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
-    k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, False, True)
-    v = load_rows(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE, False, True)
+    k = _load_once(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C)
+    v = _load_once(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C)
 
     dk = tl.full((C.BLOCK_N, C.BLOCK_D), 0.0, tl.float32)
     dv = tl.full((C.BLOCK_N, C.BLOCK_DV), 0.0, tl.float32)
@@ -564,30 +596,44 @@ def attention_dkdv(
         do_base = dOut + _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
         q_rows = rows_from(q_base, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.TMA)
         do_rows = rows_from(do_base, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.TMA)
-        at = _lse_row(b, h, first_q, tensors.cu_seqlens_q, nheads, seqlen_q)
+        at = _row_start(b, h, tensors.cu_seqlens_q, batch, nheads, seqlen_q)
+        if C.TMA:
+            lse_rows = tl.make_tensor_descriptor(
+                Lse2 + at, shape=[tl.maximum(sq, 1)], strides=[1], block_shape=[C.BLOCK_M]
+            )
+            delta_rows = tl.make_tensor_descriptor(
+                Delta + at, shape=[tl.maximum(sq, 1)], strides=[1], block_shape=[C.BLOCK_M]
+            )
+        else:
+            lse_rows = Lse2 + at
+            delta_rows = Delta + at
         if C.HAS_RIGHT:
             dk, dv = _dkdv_tiles(
-                begin, full_begin, dk, dv, k, v, j, first, q_rows, do_rows, Lse + at, Delta + at,
+                begin, full_begin, dk, dv, k, v, j, first, q_rows, do_rows, lse_rows, delta_rows,
                 stride_qs, stride_dos, spec, tensors, C, True,
             )  # fmt: skip
         dk, dv = _dkdv_tiles(
-            full_begin, full_end, dk, dv, k, v, j, first, q_rows, do_rows, Lse + at, Delta + at,
+            full_begin, full_end, dk, dv, k, v, j, first, q_rows, do_rows, lse_rows, delta_rows,
             stride_qs, stride_dos, spec, tensors, C, False,
         )  # fmt: skip
         if C.HAS_LEFT:
             dk, dv = _dkdv_tiles(
-                full_end, end, dk, dv, k, v, j, first, q_rows, do_rows, Lse + at, Delta + at,
+                full_end, end, dk, dv, k, v, j, first, q_rows, do_rows, lse_rows, delta_rows,
                 stride_qs, stride_dos, spec, tensors, C, True,
             )  # fmt: skip
     dK += _start(b, first_k, h_k, stride_dkb, stride_dks, stride_dkh, C.MULTIPLE)
     dV += _start(b, first_k, h_k, stride_dvb, stride_dvs, stride_dvh, C.MULTIPLE)
-    store_rows(dK, first, sk, stride_dks, dk * softmax_scale, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE)
-    store_rows(dV, first, sk, stride_dvs, dv * dropout_scale, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE)
+    store_rows(
+        dK, first, sk, stride_dks, dk * softmax_scale, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, C.TMA
+    )
+    store_rows(
+        dV, first, sk, stride_dvs, dv * dropout_scale, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE, C.TMA
+    )
 
 
 @triton.jit(do_not_specialize=[*_numbers("q k v do"), "bias_b", "bias_h", "bias_q", "bias_k"])
 def attention_dbias(
-    Q, K, V, dOut, Lse, Delta, dBias, tensors,
+    Q, K, V, dOut, Lse2, Delta, dBias, tensors,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dos, stride_doh, bias_b, bias_h, bias_q, bias_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_alibi_b,
@@ -630,18 +676,15 @@ def attention_dbias(
             v_base = V + _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
             k_rows = rows_from(k_base, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
             v_rows = rows_from(v_base, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
-            at = _lse_row(b, h, 0, None, nheads, seqlen_q)
+            at = _row_start(b, h, None, batch, nheads, seqlen_q)
             for i_block in tl.range(first_i, end_i, C.BLOCK_M):
                 i = i_block + rows_m
-                q = load_rows(
-                    q_base, i_block, seqlen_q, stride_qs,
-                    C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.MULTIPLE, False, True,
-                )  # fmt: skip
-                dout = load_rows(
-                    do_base, i_block, seqlen_q, stride_dos,
-                    C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, False, True,
-                )  # fmt: skip
-                lse, delta = _load_rows(Lse + at, Delta + at, i, seqlen_q)
+                q = _load_once(q_base, i_block, seqlen_q, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
+                dout = _load_once(
+                    do_base, i_block, seqlen_q, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C
+                )
+                lse = tl.load(Lse2 + at + i)
+                delta = tl.load(Delta + at + i)
                 for j_block in tl.range(first_j, end_j, C.BLOCK_N):
                     ds, _, _ = _ds_tile(
                         q, dout, lse, delta, i, j_block, k_rows, v_rows, stride_ks, stride_vs, spec, tensors,
@@ -735,7 +778,7 @@ def _bias_gradient(
     tensors: AttentionTensors,
     multiple: int,
 ) -> Tensor:
-    """Of attn_bias, in its dtype; args: q, k, v, dout, lse, delta."""
+    """Of attn_bias, in its dtype; args: q, k, v, dout, and what attention_rows makes."""
     q, k, v, dout, *_ = args
     shape = list(bias.shape)
     if tensors.leftpad_k is not None and shape[3] > 1:
@@ -767,18 +810,31 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     make = torch.zeros if spec.key_ranges else torch.empty  # rows of k that no sequence uses
     dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-    delta = torch.empty_like(lse)
     multiple = launch.vector_multiple(q, k, v, out, dout, dq, dk, dv)
     common = _common(q, k, spec, tensors)
 
-    constants, config = _constants(q, v, spec, multiple, "delta")
+    constants, config = _constants(q, v, spec, multiple, "rows")
+    programs = _programs(q, edges, ROWS.value)
+    lse2, delta = (lse.new_empty(programs * ROWS.value) for _ in range(2))
     lengths = common[5], q.shape[-2], common[8]
-    args = (out, dout, dlse, delta, edges, *_strides(out, dout), *lengths)
-    programs = _programs(q, edges, config.block_m)
-    launch.launch(attention_delta, programs, config, q.device, *args, constants)
+    parts = None if sink is None else lse.new_zeros(programs)
+    optional = edges, tensors.sink
+    args = (out, dout, lse, dlse, lse2, delta, parts, *optional, *_strides(out, dout), *lengths)
+    launch.launch(attention_rows, programs, config, q.device, *args, constants)
+    dsink = None
+    if sink is not None and parts is not None:
+        dsink = (
+            parts.view(
+                -1,
+                sink.shape[0],
+                programs // common[5] // sink.shape[0] if edges is None else programs // sink.shape[0],
+            )
+            .sum((0, 2))
+            .to(sink.dtype)
+        )
 
     constants, config = _constants(q, v, spec, multiple, "dkdv")
-    args = (q, k, v, dout, lse, delta)
+    args = (q, k, v, dout, lse2, delta)
     programs = _programs(k, tensors.cu_seqlens_k, config.block_n)
     numbers = (*_strides(q, k, v, dout, dk, dv), *common)
     launch.launch(attention_dkdv, programs, config, q.device, *args, dk, dv, tensors, *numbers, constants)
@@ -788,11 +844,7 @@ def backward(
     numbers = (*_strides(q, k, v, dout, dq), *common)
     launch.launch(attention_dq, programs, config, q.device, *args, dq, tensors, *numbers, constants)
 
-    dsink = dbias = None
-    if sink is not None:
-        # The sink is a column with value 0: its dp is 0. Where lse is −inf, so is the sink.
-        p = torch.exp(sink.float()[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
-        dsink = -(p * delta).sum([axis for axis in range(lse.dim()) if axis != lse.dim() - 2]).to(sink.dtype)
+    dbias = None
     if bias is not None and bias_gradient:
         dbias = _bias_gradient(bias, args, spec, tensors, multiple)
     return dq, dk, dv, dsink, dbias
