@@ -48,8 +48,8 @@ def offset(index, stride, MULTIPLE: tl.constexpr):
 def rows_from(
     base, count, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """What load_rows takes its tiles (ROWS, BLOCK) from: count rows of WIDTH elements, ``stride`` apart. TMA: a
-    tensor descriptor, by which Hopper and later copy a tile past the threads' registers; else ``base``."""
+    """What load_rows takes its tiles (ROWS, BLOCK) from: count rows of WIDTH elements, ``stride`` apart. TMA:
+    a tensor descriptor, by which Hopper and later copy tiles past the threads' registers; else ``base``."""
     if TMA:
         return tl.make_tensor_descriptor(
             base,

@@ -9,6 +9,7 @@ bits. Held by the parity tables of tests/test_attention.py.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -391,7 +392,7 @@ def attention_rows(
     """What the backward kernels need of each query: lse in base 2 and delta = Σ_d dout · out − dlse.
 
     Lse, dLse (or None): as of attention_forward. A query that saw no key, or is none, gets Lse2 = inf: its
-    probabilities 2^(s − Lse2) are 0. dSink: a number a program, which add up to the gradient of sink (or None).
+    probabilities 2^(s − Lse2) are 0. dSink (or None): a number a program, which add up to sink's gradient.
     """
     b, h, block = _place(tl.program_id(0), cu_seqlens_q, batch, nheads, seqlen_q, ROWS)
     first_q, sq = _rows(b, cu_seqlens_q, seqlen_q)
@@ -415,6 +416,26 @@ def attention_rows(
     if sink is not None:  # a key of value 0: its dp is 0
         p = tl.exp2(tl.load(sink + h) * LOG2E - lse)
         tl.store(dSink + tl.program_id(0), -tl.sum(p * delta))
+
+
+@triton.jit
+def _numbers_from(base, seqlen_q, C: tl.constexpr):
+    """device.rows_from, for what attention_rows makes."""
+    if C.TMA:
+        return tl.make_tensor_descriptor(
+            base, shape=[tl.cdiv(seqlen_q, ROWS) * ROWS], strides=[1], block_shape=[C.BLOCK_M]
+        )
+    else:
+        return base
+
+
+@triton.jit
+def _load_numbers(source, first, C: tl.constexpr):
+    if C.TMA:
+        numbers = source.load([tl.cast(first, tl.int32)])
+    else:
+        numbers = tl.load(source + first + tl.arange(0, C.BLOCK_M))
+    return numbers
 
 
 @triton.jit
@@ -517,8 +538,8 @@ def _dkdv_tiles(
     """dk / softmax_scale and dv · (1 − dropout_p) after the blocks of queries from begin to end:
     _forward_tiles' derivatives by k and v. Keys are the tile's rows, so p and ds need no transposition.
 
-    Keys beyond the last and queries beyond the last need no mask: the former have rows of dk and dv of their own,
-    which are not stored, and the latter's p is 0 (attention_rows)."""
+    Keys and queries beyond the last need no mask: the former have rows of dk and dv of their own, which are
+    not stored, and the latter's p is 0 (attention_rows)."""
     rows = tl.arange(0, C.BLOCK_M)
     for first in tl.range(begin, end, C.BLOCK_M):
         i = first + rows
@@ -527,12 +548,8 @@ def _dkdv_tiles(
         dout = load_rows(
             dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.MULTIPLE, C.TMA, True
         )
-        if C.TMA:
-            lse = Lse2.load([tl.cast(first, tl.int32)])
-            delta = Delta.load([tl.cast(first, tl.int32)])
-        else:
-            lse = tl.load(Lse2 + i)
-            delta = tl.load(Delta + i)
+        lse = _load_numbers(Lse2, first, C)
+        delta = _load_numbers(Delta, first, C)
         kq = dot(k, tl.trans(q), None, C.PRECISION)
         s, factor, derivative = _score_tile(kq, i[None, :], j[:, None], spec, tensors, C, MASKED)
         p = tl.exp2(s * factor - lse[None, :])
@@ -597,16 +614,8 @@ def attention_dkdv(
         q_rows = rows_from(q_base, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C.TMA)
         do_rows = rows_from(do_base, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C.TMA)
         at = _row_start(b, h, tensors.cu_seqlens_q, batch, nheads, seqlen_q)
-        if C.TMA:
-            lse_rows = tl.make_tensor_descriptor(
-                Lse2 + at, shape=[tl.maximum(sq, 1)], strides=[1], block_shape=[C.BLOCK_M]
-            )
-            delta_rows = tl.make_tensor_descriptor(
-                Delta + at, shape=[tl.maximum(sq, 1)], strides=[1], block_shape=[C.BLOCK_M]
-            )
-        else:
-            lse_rows = Lse2 + at
-            delta_rows = Delta + at
+        lse_rows = _numbers_from(Lse2 + at, sq, C)
+        delta_rows = _numbers_from(Delta + at, sq, C)
         if C.HAS_RIGHT:
             dk, dv = _dkdv_tiles(
                 begin, full_begin, dk, dv, k, v, j, first, q_rows, do_rows, lse_rows, delta_rows,
@@ -741,20 +750,24 @@ def _constants(
     q: Tensor, v: Tensor, spec: AttentionSpec, multiple: int, kernel: str
 ) -> tuple[_Constants, Config]:
     block_d, block_dv = launch.block_dim(q.shape[-1]), launch.block_dim(v.shape[-1])
-    config = launch.choose(CONFIGS, max(block_d, block_dv) * q.element_size(), kernel)
     plain = not (spec.softcap or spec.alibi or spec.bias) and spec.softmax_scale > 0
+    if kernel in ("forward", "dq", "dkdv"):
+        if q.dtype == torch.float32:
+            kernel += " fp32"
+        elif spec.dropout_p or not plain:
+            kernel += " general"
+    config = launch.choose(CONFIGS, max(block_d, block_dv), kernel)
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
-    return _Constants(
-        *map(tl.constexpr, (*sizes, *flags, multiple, multiple > 1 and launch.has_tma(), launch.precision()))
-    ), config
+    loads = multiple, multiple > 1 and launch.has_tma()
+    return _Constants(*map(tl.constexpr, (*sizes, *flags, *loads, launch.precision()))), config
 
 
-def _programs(t: Tensor, cu_seqlens: Tensor | None, block: int) -> int:
-    """Blocks of rows of all sequences of q or k, as _place counts them, times its heads."""
+def _grid(t: Tensor, cu_seqlens: Tensor | None, block: int) -> tuple[int, int, int]:
+    """Sequences (packed ones count as one), heads and blocks of rows: one of each makes a program (_place)."""
     if cu_seqlens is not None:
-        return (t.shape[0] // block + cu_seqlens.shape[0] - 1) * t.shape[1]
-    return triton.cdiv(t.shape[1], block) * t.shape[0] * t.shape[2]
+        return 1, t.shape[1], t.shape[0] // block + cu_seqlens.shape[0] - 1
+    return t.shape[0], t.shape[2], triton.cdiv(t.shape[1], block)
 
 
 def forward(
@@ -765,7 +778,7 @@ def forward(
     lse = q.new_empty(*lead, nheads, seqlen, dtype=torch.float32)
     tensors = _normalized(tensors)
     constants, config = _constants(q, v, spec, launch.vector_multiple(q, k, v, out), "forward")
-    programs = _programs(q, tensors.cu_seqlens_q, config.block_m)
+    programs = math.prod(_grid(q, tensors.cu_seqlens_q, config.block_m))
     args = (q, k, v, out, lse, tensors, *_strides(q, k, v, out), *_common(q, k, spec, tensors))
     launch.launch(attention_forward, programs, config, q.device, *args, constants)
     return out, lse
@@ -805,42 +818,33 @@ def backward(
     spec: AttentionSpec,
     tensors: AttentionTensors,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    bias, sink, edges = tensors.attn_bias, tensors.sink, tensors.cu_seqlens_q
+    bias, sink = tensors.attn_bias, tensors.sink
     tensors = _normalized(tensors)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     make = torch.zeros if spec.key_ranges else torch.empty  # rows of k that no sequence uses
     dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
     multiple = launch.vector_multiple(q, k, v, out, dout, dq, dk, dv)
     common = _common(q, k, spec, tensors)
+    edges_q, edges_k = tensors.cu_seqlens_q, tensors.cu_seqlens_k
 
     constants, config = _constants(q, v, spec, multiple, "rows")
-    programs = _programs(q, edges, ROWS.value)
-    lse2, delta = (lse.new_empty(programs * ROWS.value) for _ in range(2))
-    lengths = common[5], q.shape[-2], common[8]
-    parts = None if sink is None else lse.new_zeros(programs)
-    optional = edges, tensors.sink
-    args = (out, dout, lse, dlse, lse2, delta, parts, *optional, *_strides(out, dout), *lengths)
-    launch.launch(attention_rows, programs, config, q.device, *args, constants)
-    dsink = None
-    if sink is not None and parts is not None:
-        dsink = (
-            parts.view(
-                -1,
-                sink.shape[0],
-                programs // common[5] // sink.shape[0] if edges is None else programs // sink.shape[0],
-            )
-            .sum((0, 2))
-            .to(sink.dtype)
-        )
+    grid = _grid(q, edges_q, ROWS.value)
+    lse2, delta = (lse.new_empty(math.prod(grid) * ROWS.value) for _ in range(2))
+    dsinks = None if sink is None else lse.new_zeros(grid)
+    batch, nheads, _, seqlen_q, *_ = common[5:]
+    args = (out, dout, lse, dlse, lse2, delta, dsinks, edges_q, tensors.sink)
+    numbers = (*_strides(out, dout), batch, nheads, seqlen_q)
+    launch.launch(attention_rows, math.prod(grid), config, q.device, *args, *numbers, constants)
+    dsink = None if sink is None or dsinks is None else dsinks.sum((0, 2)).to(sink.dtype)
 
     constants, config = _constants(q, v, spec, multiple, "dkdv")
     args = (q, k, v, dout, lse2, delta)
-    programs = _programs(k, tensors.cu_seqlens_k, config.block_n)
+    programs = math.prod(_grid(k, edges_k, config.block_n))
     numbers = (*_strides(q, k, v, dout, dk, dv), *common)
     launch.launch(attention_dkdv, programs, config, q.device, *args, dk, dv, tensors, *numbers, constants)
 
     constants, config = _constants(q, v, spec, multiple, "dq")
-    programs = _programs(q, edges, config.block_m)
+    programs = math.prod(_grid(q, edges_q, config.block_m))
     numbers = (*_strides(q, k, v, dout, dq), *common)
     launch.launch(attention_dq, programs, config, q.device, *args, dq, tensors, *numbers, constants)
 
