@@ -65,14 +65,15 @@ TABLE = [pytest.param(case, id=str(case)) for case in CASES]
 def make_inputs(case, dtype):
     """x, dout, cos and sin, with NaN in the rows of the tables at which no token is."""
     x, dout = (laid_out(torch.randn(case.shape).to(dtype), case.layout) for _ in range(2))
-    sequences = [(start, length) for start, length in case.sequences() if length]
-    needed = max((sum(sequence) for sequence in sequences), default=case.shape[1])
-    used = torch.zeros(3 + needed, dtype=torch.bool)
-    for start, length in sequences:
+    last = max(case.offsets, default=0) if isinstance(case.offsets, tuple) else case.offsets
+    longest = case.shape[1] if case.lengths is None else max(case.lengths)
+    used = torch.zeros(last + longest + 3, dtype=torch.bool)
+    for start, length in case.sequences():
         used[start : start + length] = True
     angles = 7 * torch.rand(len(used), case.rotary_dim // 2) - 3.5
     tables = [t.masked_fill(~used[:, None], torch.nan) for t in (angles.cos(), angles.sin())]
-    return x, dout, *(laid_out(t.to(dtype if case.narrow else t.dtype), "strided") for t in tables)
+    cos, sin = (t.to(dtype if case.narrow else t.dtype) for t in tables)
+    return x, dout, laid_out(cos, "strided"), sin
 
 
 def plain_rotary(x, cos, sin, case, interleaved):
@@ -183,18 +184,17 @@ def test_second_derivatives(backend, interleaved):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ROTATING)
 def test_is_the_rotation_of_attention_with_kvcache(backend, dtype, interleaved):
-    """Of the keys that it appends."""
+    """Of the keys that it appends, by default too."""
     k, offsets = torch.randn(2, 7, 3, 24).to(dtype), torch.tensor([5, 0], dtype=torch.int32)
     angles = 7 * torch.rand(20, 8)
     tables = angles.cos().to(dtype), angles.sin().to(dtype)
     k_cache, v_cache = (torch.zeros(2, 20, 3, 24, dtype=dtype) for _ in range(2))
+    style, rotary_style = ({}, {}) if interleaved else ({"interleaved": False}, {"rotary_interleaved": False})
     fastgpt.attention_with_kvcache(
         k, k_cache, v_cache, k, k, cache_seqlens=offsets, rotary_cos=tables[0], rotary_sin=tables[1],
-        rotary_interleaved=interleaved, backend="reference",
+        **rotary_style, backend="reference",
     )  # fmt: skip
-    out = fastgpt.rotary_embedding(
-        k, *tables, interleaved=interleaved, seqlen_offsets=offsets, backend=backend
-    )
+    out = fastgpt.rotary_embedding(k, *tables, **style, seqlen_offsets=offsets, backend=backend)
     torch.testing.assert_close(out, torch.stack((k_cache[0, 5:12], k_cache[1, :7])))
 
 
@@ -251,10 +251,13 @@ def test_what_each_backend_supports():
         assert "is not written for the CPU kernels" in reason
     for backend in ("reference", "torch"):
         assert not refused(backend, "cpu", torch.float64, 1000, FEATURES)
-    x, table = torch.randn(1, 2, 3, 4).double(), torch.rand(2, 1)
-    with pytest.raises(
-        fastgpt.BackendUnsupported, match=r"'cpu' cannot serve rotary\(float64 on cpu, headdim 4\)"
-    ):
+    x, table = torch.randn(2, 3, 4).double(), torch.rand(2, 1)
+    lengths = lengths_of(RotaryCase((2, 3, 4), 2, (0,), (2,)))
+    call = r"rotary\(float64 on cpu, headdim 4, interleaved, seqlen_offsets, varlen\)"
+    with pytest.raises(fastgpt.BackendUnsupported, match=rf"'cpu' cannot serve {call}"):
+        fastgpt.rotary_embedding(x, table, table, **lengths, backend="cpu")
+    x = x[None]
+    with pytest.raises(fastgpt.BackendUnsupported, match=r"rotary\(float64 on cpu, headdim 4\)"):
         fastgpt.rotary_embedding(x, table, table, interleaved=False, backend="cpu")
     assert dispatch.resolve(RotaryCall("cpu", torch.float32, 64, FEATURES), "auto") == "torch"
     assert torch.equal(
@@ -341,15 +344,6 @@ def test_errors_name_the_argument(message, backend):
     with pytest.raises((TypeError, ValueError)) as error:
         fastgpt.rotary_embedding(**arguments)
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("backend", ROTATING)
-def test_autocast_changes_nothing(backend):
-    case = RotaryCase((2, 5, 3, 8), 6)
-    x, _, *tables = make_inputs(case, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = fused_rotary(backend)(x, *tables, case, True)
-    assert torch.equal(out, fused_rotary(backend)(x, *tables, case, True))
 
 
 @STYLES

@@ -131,8 +131,7 @@ def rotary_embedding(
     if name == "torch":
         if plain and x.is_cpu:
             library.check_lengths(x, spec, tensors)
-        with checks.own_precision(x):
-            return composite(x, spec, tensors)
+        return composite(x, spec, tensors)
     if name == "reference":
         dispatch.warn_if_slow(asked, "rotary", x.numel(), stacklevel=3)
     return library.run(plain and not checks.needs_autograd(x), x, spec, tensors, name)

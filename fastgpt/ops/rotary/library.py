@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import needs_autograd, own_precision
+from fastgpt.ops.checks import needs_autograd
 from fastgpt.ops.rotary.spec import RotarySpec, RotaryTensors
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -50,8 +50,7 @@ def _forward(x: Tensor, spec: RotarySpec, tensors: RotaryTensors, backend: str) 
     # autograd makes gradients with any strides (a sum's is expanded); kernels read unit rows.
     if x.stride(-1) != 1:
         x = x.contiguous()
-    with own_precision(x):
-        return dispatch.implementation("rotary", backend).forward(x, spec, tensors).contiguous()
+    return dispatch.implementation("rotary", backend).forward(x, spec, tensors).contiguous()
 
 
 def _forward_operator(x: Tensor, *args: Any) -> Tensor:

@@ -35,4 +35,4 @@ def composite(x: Tensor, spec: RotarySpec, tensors: RotaryTensors) -> Tensor:
     x1, x2 = turned.unflatten(-1, (-1, 2)).unbind(-1) if spec.interleaved else turned.chunk(2, -1)
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     y = (torch.stack((y1, y2), -1).flatten(-2) if spec.interleaved else torch.cat((y1, y2), -1)).to(x.dtype)
-    return (torch.cat((y, rest), -1) if rest.shape[-1] else y).contiguous()
+    return torch.cat((y, rest), -1) if rest.shape[-1] else y
