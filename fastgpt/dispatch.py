@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-OPS = ("attention", "decode", "merge", "norm")
+OPS = ("attention", "decode", "merge", "norm", "rotary")
 AUTO_ORDER = {
     "cpu": ("cpu", "torch", "reference"),
     "cuda": ("cuda", "triton", "torch", "reference"),

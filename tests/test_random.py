@@ -10,6 +10,7 @@ import test_attention
 import test_decode
 import test_merge
 import test_norm
+import test_rotary
 import torch
 from backends import AVAILABLE, DTYPES, judge
 from cases import AttentionCase, DecodeCase, DecodeVariant, Variant
@@ -150,6 +151,22 @@ def merge_cases(draw) -> test_merge.MergeCase:
     )
 
 
+@st.composite
+def rotary_cases(draw) -> test_rotary.RotaryCase:
+    batch, headdim = draw(st.integers(0, 3)), draw(st.integers(2, 140) | st.sampled_from([64, 128, 256]))
+    lengths = draw(maybe(st.tuples(*[st.integers(0, 80)] * max(batch, 1))))
+    lead = (batch, draw(st.integers(0, 130))) if lengths is None else (sum(lengths),)
+    starts = st.tuples(*[st.integers(0, 50)] * (batch if lengths is None else len(lengths)))
+    return test_rotary.RotaryCase(
+        (*lead, draw(st.integers(0, 9)), headdim),
+        2 * draw(st.integers(1, headdim // 2)),
+        draw(st.integers(0, 50) | starts),
+        lengths,
+        draw(st.sampled_from(["contiguous", "strided", *["expanded"] * (lead > (0,))])),
+        narrow=draw(st.booleans()),
+    )
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @given(variant=attention_variants(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
 def test_random_attention(backend, variant, dtype, seed):
@@ -179,3 +196,11 @@ def test_random_merge(backend, case, dtype, seed):
     torch.manual_seed(seed)
     reference = test_merge.fused_merge("reference")
     judge(lambda: test_merge.results(case, dtype, backend, other=reference))
+
+
+@pytest.mark.parametrize("backend", [name for name in test_rotary.ROTATING if name in KERNELS])
+@given(case=rotary_cases(), interleaved=st.booleans(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
+def test_random_rotary(backend, case, interleaved, dtype, seed):
+    torch.manual_seed(seed)
+    reference = test_rotary.fused_rotary("reference")
+    judge(lambda: test_rotary.results(case, dtype, interleaved, backend, other=reference))
