@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A plain `torch` brings gigabytes of CUDA packages; this release has a CPU build on the development machines.
 TORCH ?= 2.13.0
 
-.PHONY: demo test nightly sanitize test-torch test-native test-neon lint format bench clean
+.PHONY: demo test nightly gpu-compile sanitize test-torch test-native test-neon lint format bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ test: $(VENV)/.stamp-dev
 nightly: $(VENV)/.stamp-dev
 	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest tests/test_random.py \
 		--hypothesis-profile=nightly --hypothesis-show-statistics
+
+# Every Triton kernel, configuration and dtype, compiled for chips that need not be there; a few minutes.
+gpu-compile: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/compile_report.py --output benchmarks/results/triton-compile-report.md
 
 # The parity tests on kernels built with the address and undefined behaviour sanitizers, in a package of their
 # own, with each instruction set that this machine has. A finding ends the run, with its report on stderr.

@@ -120,10 +120,10 @@ class _Offline:
     def get_current_target(self) -> Any:
         return self._target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> Any:
+        return self._target  # by which a kernel keeps what was compiled for a device
 
-    def get_current_stream(self, device: int = 0) -> int:
+    def get_current_stream(self, device: Any = None) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
