@@ -401,7 +401,7 @@ def markdown(rows: list[Row]) -> str:
         "# What the Triton kernels compile to",
         "",
         f"By `make gpu-compile`: triton {triton.__version__}, without a GPU. tile: the sizes that a",
-        "kernel is compiled for; spilled: bytes of local memory of a thread; shared: of a program; occupancy:",
+        "kernel is compiled for; spilled: bytes of a thread in local memory; shared: of a program; occupancy:",
         "share of the warps that a multiprocessor can hold, as registers and shared memory allow;",
         "16-byte loads: of all instructions that load from global memory.",
         "",
