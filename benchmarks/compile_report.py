@@ -401,8 +401,8 @@ def markdown(rows: list[Row]) -> str:
         "# What the Triton kernels compile to",
         "",
         f"By `make gpu-compile`: triton {triton.__version__}, without a GPU. tile: the sizes that a",
-        "kernel is compiled for; spilled: bytes of a thread in local memory; shared: of a program; occupancy:",
-        "share of the warps that a multiprocessor can hold, as registers and shared memory allow;",
+        "kernel is compiled for; spilled: bytes of a thread in local memory; shared: of a program;",
+        "occupancy: share of the warps that a multiprocessor can hold, as registers and shared memory allow;",
         "16-byte loads: of all instructions that load from global memory.",
         "",
     ]

@@ -21,12 +21,6 @@ BUDGET = 2.0  # seconds of samples per row
 QUICK_BUDGET = 0.2
 CEILINGS_BUDGET = 2.0
 
-# True of this version as a whole; what is missing on this machine is asked of dispatch.
-HARDWARE = (
-    "This version has no Triton and no CUDA kernels yet: CUDA tensors are served by torch. "
-    "Nothing of fastgpt has been proven on GPU hardware."
-)
-
 
 class CommandError(Exception):
     """The command cannot be carried out as asked; the message is for the user."""
@@ -321,7 +315,20 @@ def _written(op: str, backend: str) -> bool:
     return not hasattr(implementation, "WHY_NOT")  # one that only says why
 
 
+def _hardware() -> str:
+    """What is true of this version, on whatever machine."""
+    if not dispatch.PROVEN:
+        return (
+            "no GPU kernel of this version has run on hardware: `auto` takes them on a device once "
+            "`fastgpt verify` has passed there, and torch until then"
+        )
+    shown = ", ".join(f"{op} by {backend} on {chip}" for backend, op, chip in dispatch.PROVEN)
+    return f"parity on hardware is on record of: {shown}"
+
+
 def _backends(args: argparse.Namespace) -> int:
+    import torch
+
     from fastgpt.bench import machine
 
     reasons = {backend: dispatch.unavailable(backend) for backend in dispatch.BACKENDS}
@@ -329,7 +336,13 @@ def _backends(args: argparse.Namespace) -> int:
     def state(op: str, backend: str) -> str:
         if reasons[backend] is not None:
             return "no"
-        return "yes" if _written(op, backend) else "not written"
+        if not _written(op, backend):
+            return "not written"
+        if backend not in dispatch.GPU_KERNELS:
+            return "yes"
+        if not torch.cuda.is_available():
+            return "interpreted"
+        return "yes" if dispatch.proven(backend, op) else "unproven"
 
     print(
         _columns(
@@ -343,7 +356,7 @@ def _backends(args: argparse.Namespace) -> int:
     print(f"cpu instruction set: {machine.isa()}")
     for device, order in dispatch.AUTO_ORDER.items():
         print(f"auto on {device} tensors: {', '.join(order)}")
-    print(HARDWARE)
+    print(_hardware())
     return 0
 
 

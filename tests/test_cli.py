@@ -199,12 +199,30 @@ def test_backends(capsys):
     assert "auto on cpu tensors: cpu, torch, reference" in lines
 
 
-def test_backends_says_what_is_true_of_the_gpu_kernels(capsys):
-    """Fails once there are any: then cli.HARDWARE has to say which of them have run on hardware."""
+def test_backends_says_what_has_run_on_hardware(capsys, monkeypatch):
     assert cli.main(["backends"]) == 0
-    assert cli.HARDWARE in capsys.readouterr().out
-    unwritten = dispatch.BACKENDS["triton"], dispatch.BACKENDS["cuda"]
-    assert {probe() for probe in unwritten} == {"this version of fastgpt has no kernels for it"}
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(
+        "parity" if dispatch.PROVEN else "no GPU kernel of this version has run on hardware"
+    )
+    monkeypatch.setattr(dispatch, "PROVEN", {("triton", "norm", "sm_90"): "h200.json"})
+    assert cli.main(["backends"]) == 0
+    assert capsys.readouterr().out.endswith("on record of: norm by triton on sm_90\n")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "proven", "state"), [(0, 0, "interpreted"), (1, 0, "unproven"), (1, 1, "yes")]
+)
+def test_backends_says_what_auto_would_take(capsys, monkeypatch, gpu, proven, state):
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None if backend == "triton" else "gone")
+    monkeypatch.setattr(dispatch, "proven", lambda backend, op: bool(proven))
+    monkeypatch.setattr(cli, "_written", lambda op, backend: op != "merge")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(gpu))
+    assert cli.main(["backends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    column = lines[0].index("triton")
+    states = {line.split()[0]: line[column:].split("  ")[0] for line in lines[1:5]}
+    assert states == {"attention": state, "decode": state, "merge": "not written", "norm": state}
 
 
 def test_env(capsys):
