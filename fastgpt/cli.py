@@ -7,13 +7,10 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from fastgpt import dispatch
 from fastgpt.gpt.settings import CHOICES, SettingError, Settings
-
-if TYPE_CHECKING:
-    from fastgpt.bench.harness import Row
 
 BENCHES = ("attention", "decode", "norm", "model")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -24,6 +21,14 @@ CEILINGS_BUDGET = 2.0
 
 class CommandError(Exception):
     """The command cannot be carried out as asked; the message is for the user."""
+
+
+class HasLabel(Protocol):
+    @property
+    def label(self) -> str: ...
+
+
+Labelled = TypeVar("Labelled", bound=HasLabel)
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +61,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
     return int(text)
+
+
+def _ops(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in dispatch.OPS:
+            raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {','.join(dispatch.OPS)}")
+    return names
 
 
 def _number(text: str) -> float:
@@ -155,6 +168,22 @@ def parser() -> Parser:
     report.add_argument("file", type=Path, metavar="FILE")
     report.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
 
+    verify = command("verify", _verify, "Prove parity on this device: then `auto` takes its GPU kernels.")
+    verify.add_argument("--op", type=_ops, default=dispatch.OPS, metavar="LIST", help="default: every op")
+    verify.add_argument(
+        "--backend", choices=("cpu", *dispatch.GPU_KERNELS), help="default: every one for GPUs that is here"
+    )
+    verify.add_argument("--full", action="store_true", help="every case in every dtype")
+    verify.add_argument(
+        "--jobs",
+        type=_count,
+        metavar="N",
+        help="processes; default: half of the cores, at most 8; on the CPU 1",
+    )
+    verify.add_argument(
+        "--json", type=Path, metavar="FILE", help="write each verdict, and go on where FILE has left off"
+    )
+
     command("backends", _backends, "What can run here, per op and backend, and why the rest cannot.")
     command("env", _env, "Describe this machine, for bug reports.")
 
@@ -217,7 +246,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _progress(rows: list[Row]) -> Iterator[Row]:
+def _progress(rows: Iterable[Labelled], total: int) -> Iterator[Labelled]:
     """The rows, with a bar on a terminal that has tqdm, else a line for each."""
     try:
         from tqdm import tqdm
@@ -225,10 +254,10 @@ def _progress(rows: list[Row]) -> Iterator[Row]:
         tqdm = None
     if tqdm is None or not sys.stderr.isatty():
         for number, row in enumerate(rows, 1):
-            _say(f"[{number}/{len(rows)}] {row.label}")
+            _say(f"[{number}/{total}] {row.label}")
             yield row
         return
-    with tqdm(rows, unit="row", leave=False) as bar:
+    with tqdm(rows, total=total, unit="row", leave=False) as bar:
         for row in bar:
             bar.set_description(row.label)
             yield row
@@ -261,7 +290,7 @@ def _bench(args: argparse.Namespace) -> int:
             ceilings=ceilings,
             free_memory=machine.free_memory(args.device),
         )
-        for row in _progress(rows)
+        for row in _progress(rows, len(rows))
     )
     done = report.Report(date, args.device, backend, budget, seed, facts, ceilings, results)
     print(report.table(done))
@@ -275,6 +304,64 @@ def _bench(args: argparse.Namespace) -> int:
     elif not done.timed():
         _say("fastgpt bench: nothing could be measured")
     return 1 if failed or not done.timed() else 0
+
+
+def _verified_backends(asked: str | None) -> list[str]:
+    reasons = {name: dispatch.unavailable(name) for name in ([asked] if asked else dispatch.GPU_KERNELS)}
+    if here := [name for name, reason in reasons.items() if reason is None]:
+        return here
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise CommandError(f"no kernels to verify here ({why})")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import os
+
+    import torch
+
+    from fastgpt import proof
+    from fastgpt.bench import machine
+    from fastgpt.verify import run
+
+    _check_output(args.json, "--json")
+    kept: list[run.Verdict] = []
+    facts: dict[str, Any] = {"date": run.now(), "machine": machine.describe(), "identity": {}}
+    if args.json and args.json.exists():
+        try:
+            kept, facts = run.load(args.json)
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"--json: {error}") from error
+    verdicts = {verdict.key: verdict for verdict in kept}
+    for backend in _verified_backends(args.backend):
+        gpu = backend in dispatch.GPU_KERNELS and torch.cuda.is_available()
+        identity = proof.identity(backend) if gpu else None
+        if facts["identity"].setdefault(backend, identity) != identity:
+            raise CommandError(f"--json: {args.json} is of another device or another version")
+        ops = [op for op in args.op if _written(op, backend)]
+        # Medium sizes take hours in Triton's interpreter, and most of a minute on a CPU.
+        checks = run.table(ops, args.full, medium=gpu or backend == "cpu")
+        wanted = {run.key(check, backend): check for check in checks}
+        todo = [
+            check for key, check in wanted.items() if key not in verdicts or verdicts[key].status == "failed"
+        ]
+        jobs = args.jobs or (min(8, max(1, (os.cpu_count() or 1) // 2)) if gpu else 1)
+        for verdict in _progress(run.run(todo, backend, "cuda" if gpu else "cpu", jobs), len(todo)):
+            verdicts[verdict.key] = verdict
+            if verdict.status == "failed":
+                _say(f"{' '.join(verdict.key)} (seed {verdict.seed}): {verdict.reason}")
+            if args.json:
+                run.save(args.json, verdicts.values(), facts)
+        own = [verdicts[key] for key in wanted]
+        print(f"{backend} on {torch.cuda.get_device_name() if gpu else 'the CPU'}")
+        print(_columns(run.summary(own)))
+        if identity is not None:
+            passed = run.passed(own)
+            file = proof.save(identity, sorted({*proof.load(identity), *passed} - ({*ops} - {*passed})))
+            print(f"on record for `auto`: {', '.join(proof.load(identity)) or 'nothing'} ({file})")
+    failed = sum(verdict.status == "failed" for verdict in verdicts.values())
+    if failed:
+        _say(f"fastgpt verify: {failed} checks failed")
+    return 1 if failed or not verdicts else 0
 
 
 def _report(args: argparse.Namespace) -> int:

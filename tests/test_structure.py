@@ -27,7 +27,7 @@ TRITON = ("fastgpt.ops.device", "fastgpt.ops.launch")  # of the Triton kernels, 
 LAYERS = [
     ("fastgpt.cli",),
     ("fastgpt.demo",),
-    ("fastgpt.bench",),
+    ("fastgpt.verify", "fastgpt.bench"),
     ("fastgpt.integrations", "fastgpt.gpt"),
     ("fastgpt.nn", "fastgpt.kv_cache"),
     tuple(f"fastgpt.ops.{op}.api" for op in OPS),

@@ -179,6 +179,29 @@ VARIANTS = {
 }
 
 
+# What the small ones do not reach: many blocks in both directions, the configurations of GPUs.
+MEDIUM = {
+    "medium": Variant(_C(2, 1024, 1024, 8, 8, 64, 64)),
+    "medium, grouped heads": Variant(_C(1, 2048, 2048, 8, 2, 128, 128)),
+    "medium, d 256": Variant(_C(1, 1000, 1100, 4, 4, 256, 256)),
+    "medium, not causal": Variant(_C(1, 1100, 1900, 4, 2, 128, 128, causal=False)),
+    "medium, window": Variant(_C(1, 2048, 2048, 4, 4, 128, 128, window=(255, 0))),
+    "medium, varlen": Variant(
+        _C(1, 2200, 2200, 8, 2, 128, 128), lengths_q=(1000, 7, 1193), lengths_k=(1000, 7, 1193)
+    ),
+    "medium, dropout": Variant(_C(1, 1024, 1024, 4, 4, 128, 128), dropout_p=0.1),
+    "medium, bias": Variant(_C(1, 1000, 1000, 4, 4, 64, 64), bias=(1, 4, 1000, 1000)),
+    "medium, everything": Variant(
+        _C(1, 1000, 1200, 4, 2, 128, 128, window=(500, 0)),
+        softcap=3.0,
+        slopes=(4,),
+        bias=(1, 1, 1000, 1200),
+        sink=True,
+        dropout_p=0.3,
+    ),
+}
+
+
 def plain_attention(
     q: Tensor,
     k: Tensor,

@@ -133,6 +133,24 @@ DECODE_VARIANTS = {
 }
 
 
+MEDIUM = {
+    "medium": DecodeVariant(_D(1, 1, 8192, (8000, 17, 4096), 32, 8, 128, 128)),
+    "medium, d 64": DecodeVariant(_D(1, 1, 8192, (8191, 1), 12, 12, 64, 64)),
+    "medium, four queries": DecodeVariant(_D(4, 4, 4096, (4000, 100), 32, 4, 128, 128)),
+    "medium, prefill": DecodeVariant(_D(500, 500, 2048, (1500, 0), 8, 2, 128, 128)),
+    "medium, pages": DecodeVariant(_D(1, 1, 8192, (8000, 17, 4096), 32, 8, 128, 128), page_size=16),
+    "medium, large pages, rotary": DecodeVariant(
+        _D(1, 1, 8192, (8000, 17), 32, 8, 128, 128), page_size=256, rotary_dim=128, interleaved=False
+    ),
+    "medium, fp8": DecodeVariant(
+        _D(1, 1, 8192, (8000, 17), 32, 8, 128, 128), cache_dtype=_FP8, descale=(2, 8), page_size=64
+    ),
+    "medium, int8": DecodeVariant(
+        _D(1, 1, 8192, (8000, 17), 32, 8, 128, 128), cache_dtype=_INT8, descale=(8,)
+    ),
+}
+
+
 def make(case: DecodeCase, dtype: torch.dtype, fill: float = torch.nan) -> Any:
     """q, k_cache, v_cache, k, v, cache_seqlens; the cache holds `fill` behind each sequence's keys."""
     batch = len(case.lengths)

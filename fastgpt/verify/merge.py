@@ -49,6 +49,9 @@ CASES = [
 ]
 
 
+MEDIUM = [MergeCase((2, 2048, 16, 128), empty=True), MergeCase((4096, 32, 64))]
+
+
 def laid_out(t: Tensor, layout: str, unit: bool = True) -> Tensor:
     """The values of t in other strides, with NaN beside them; the last stride stays 1 if ``unit``."""
     if layout == "strided":

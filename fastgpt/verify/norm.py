@@ -82,6 +82,12 @@ CASES = [
     NormCase((9,), 1000, layout="expand", residual=True, prenorm=True, dropout_p=0.1),
     NormCase((17,), 4096 + 3, residual=True, prenorm=True, dropout_p=0.5),
 ]
+MEDIUM = [
+    NormCase((8192,), 768),
+    NormCase((4096,), 4096, residual=True, prenorm=True),
+    NormCase((1000,), 8192, bias=False, residual=True),
+    NormCase((257,), 16384, dropout_p=0.1),
+]
 STATE = torch.tensor([2**63 - 25, 2**33 + 5])  # seed and offset of every case's dropout
 
 
