@@ -45,6 +45,66 @@ def offset(index, stride, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
+def rows_from(
+    base, count, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """What load_rows takes its tiles (ROWS, BLOCK) from: count rows of WIDTH elements, ``stride`` apart. TMA: a
+    tensor descriptor, by which Hopper and later copy a tile past the threads' registers; else ``base``."""
+    if TMA:
+        return tl.make_tensor_descriptor(
+            base,
+            shape=[tl.maximum(count, 1), WIDTH],
+            strides=[tl.cast(stride, tl.int64), 1],
+            block_shape=[ROWS, BLOCK],
+        )
+    else:
+        return base
+
+
+@triton.jit
+def load_rows(
+    source, first, count, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MULTIPLE: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows first, ..., first + ROWS − 1 of what rows_from gave, 0 beyond WIDTH and beyond count, which a tile
+    that is not MASKED must not reach."""
+    if TMA:
+        tile = source.load([tl.cast(first, tl.int32), 0])
+    else:
+        rows = tl.arange(0, ROWS)
+        column = tl.arange(0, BLOCK)
+        source += offset(first, stride, MULTIPLE)
+        pointers = source + offset(rows, stride, MULTIPLE)[:, None] + column[None, :]
+        if MASKED and WIDTH != BLOCK:
+            mask = (first + rows < count)[:, None] & (column < WIDTH)[None, :]
+            tile = tl.load(pointers, mask=mask, other=0.0)
+        elif MASKED:
+            tile = tl.load(pointers, mask=(first + rows < count)[:, None], other=0.0)
+        elif WIDTH != BLOCK:
+            tile = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(
+    base, first, count, stride, value, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """The converse of load_rows, for fp32 values."""
+    rows = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    base += offset(first, stride, MULTIPLE)
+    mask = (first + rows < count)[:, None]
+    if WIDTH != BLOCK:
+        mask = mask & (column < WIDTH)[None, :]
+    pointers = base + offset(rows, stride, MULTIPLE)[:, None] + column[None, :]
+    tl.store(pointers, cast(value, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def visible(i, j, shift, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """The mask predicate: key j is visible to query i iff i + shift − left <= j <= i + shift + right, shift
     being seqlen_k − seqlen_q. HAS_LEFT and HAS_RIGHT say which ends there are."""
@@ -57,41 +117,38 @@ def visible(i, j, shift, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_
 
 
 @triton.jit
-def key_range(
-    first, last, shift, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+def in_sight(
+    first,
+    last,
+    shift,
+    count,
+    before,
+    after,
+    HAS_BEFORE: tl.constexpr,
+    HAS_AFTER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Of queries first to last: [begin, end), the keys that any of them sees, and [full_begin, full_end), those
-    that all of them see. The ends of a query's keys rise with the query."""
-    begin = 0
-    end = seqlen_k
-    full_begin = 0
-    full_end = seqlen_k
-    if HAS_LEFT:
-        begin = tl.maximum(first + shift - window_left, 0)
-        full_begin = tl.maximum(last + shift - window_left, 0)
-    if HAS_RIGHT:
-        end = tl.minimum(last + shift + window_right + 1, seqlen_k)
-        full_end = tl.minimum(first + shift + window_right + 1, seqlen_k)
-    return begin, end, full_begin, full_end
+    """Which blocks of keys queries first to last see: all of them those in [full_begin, full_end), and no key
+    outside [begin, end) by any. The ends of what a query sees rise with the query.
 
-
-@triton.jit
-def query_range(
-    first, last, shift, seqlen_q, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
-    """Of keys first to last: [begin, end), the queries that see any of them, and [full_begin, full_end), those
-    that see all of them."""
+    shift = seqlen_k − seqlen_q, count = seqlen_k, before and after are the window's sides. For the blocks of
+    queries that see keys first to last, shift changes its sign and the sides their places, with count =
+    seqlen_q. begin, full_begin and full_end are multiples of BLOCK where anything is in [begin, end).
+    """
     begin = 0
-    end = seqlen_q
+    end = count
     full_begin = 0
-    full_end = seqlen_q
-    if HAS_RIGHT:
-        begin = tl.maximum(first - shift - window_right, 0)
-        full_begin = tl.maximum(last - shift - window_right, 0)
-    if HAS_LEFT:
-        end = tl.minimum(last - shift + window_left + 1, seqlen_q)
-        full_end = tl.minimum(first - shift + window_left + 1, seqlen_q)
-    return begin, end, full_begin, full_end
+    full_end = count
+    if HAS_BEFORE:
+        begin = tl.maximum(first + shift - before, 0)
+        full_begin = tl.maximum(last + shift - before, 0)
+    if HAS_AFTER:
+        end = tl.minimum(last + shift + after + 1, count)
+        full_end = tl.minimum(first + shift + after + 1, count)
+    begin = begin // BLOCK * BLOCK
+    full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK) * BLOCK, tl.maximum(end, begin))
+    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    return begin, full_begin, full_end, end
 
 
 @triton.jit

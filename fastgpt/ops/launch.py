@@ -61,6 +61,12 @@ def precision() -> str:
     return "ieee" if architecture().startswith("gfx") else "tf32x3"
 
 
+def has_tma() -> bool:
+    """Whether the chip copies tiles by tensor descriptors."""
+    arch = architecture()
+    return arch == "interpreter" or (arch.startswith("sm_") and int(arch[3:]) >= 90)
+
+
 def choose(table: Mapping[tuple[str, int, str], Config], width: int, direction: str) -> Config:
     """The table's row for this chip, or for unknown chips ``default``: of the least width that is enough."""
     arch = architecture()
@@ -79,9 +85,10 @@ def block_dim(headdim: int) -> int:
 
 
 def vector_multiple(*tensors: Tensor) -> int:
-    """Elements of 16 bytes if that divides every stride but the last of all these tensors, of one dtype; else 1."""
+    """Elements of 16 bytes, if that divides every stride but the last of these tensors of one dtype, or 1."""
     vector = VECTOR // tensors[0].element_size()
     aligned = all(stride % vector == 0 for t in tensors for stride in t.stride()[:-1])
+    aligned = aligned and all(t.data_ptr() % VECTOR == 0 for t in tensors)
     return vector if aligned else 1
 
 
