@@ -7,12 +7,15 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from fastgpt import dispatch
 from fastgpt.gpt.settings import CHOICES, SettingError, Settings
 
-BENCHES = ("attention", "decode", "norm", "model")
+if TYPE_CHECKING:
+    from fastgpt.bench import report
+
+BENCHES = ("attention", "decode", "norm", "model", "launch")
 DTYPES = ("fp32", "bf16", "fp16")
 BUDGET = 2.0  # seconds of samples per row
 QUICK_BUDGET = 0.2
@@ -161,7 +164,10 @@ def parser() -> Parser:
         metavar="SECONDS",
         help=f"of samples per row, default {BUDGET:g}; 'quick': {QUICK_BUDGET:g}, small workloads only",
     )
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the report, after every row")
+    bench.add_argument(
+        "--resume", action="store_true", help="take what FILE has of this device and these versions as done"
+    )
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
 
     report = command("report", _report, "Show a report that `bench --json` has written.")
@@ -263,7 +269,22 @@ def _progress(rows: Iterable[Labelled], total: int) -> Iterator[Labelled]:
             yield row
 
 
+VERSIONS = ("cpu", "gpu", "torch", "triton", "fastgpt", "commit")  # what a run that is resumed has to share
+
+
+def _begun(args: argparse.Namespace, backend: str, facts: dict[str, str | int]) -> report.Report | None:
+    """The report that is to be gone on with."""
+    if not args.resume or not (args.json and args.json.exists()):
+        return None
+    begun = _loaded(args.json)
+    of = [(args.device, backend), (begun.device, begun.backend)]
+    if of[0] != of[1] or any(facts.get(name) != begun.machine.get(name) for name in VERSIONS):
+        raise CommandError(f"--resume: {args.json} is of another device, backend or version")
+    return begun
+
+
 def _bench(args: argparse.Namespace) -> int:
+    import dataclasses
     import datetime
 
     import torch
@@ -273,34 +294,41 @@ def _bench(args: argparse.Namespace) -> int:
     _check_output(args.json, "--json")
     _check_plot(args.plot)
     _check_device(args.device)
+    if args.device == "cpu" and "launch" in args.bench:
+        raise CommandError("launch: measures how kernels are launched on a GPU: --device cuda")
     backend = args.backend or _default_backend(args.device)
     budget = QUICK_BUDGET if args.budget is None else args.budget
-    rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, quick=args.budget is None)
-    seed = torch.seed()
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, args.budget is None, args.device)
     facts = {**machine.describe(), "freed memory": machine.keep_freed_memory()}
-    _say("measuring this machine's own rates")
-    ceilings = machine.ceilings(args.device, min(budget, CEILINGS_BUDGET))
-    results = tuple(
-        harness.run(
+    done = _begun(args, backend, facts)
+    if done is None:
+        seed = torch.seed()
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        _say("measuring this machine's own rates")
+        ceilings = machine.ceilings(args.device, min(budget, CEILINGS_BUDGET))
+        done = report.Report(date, args.device, backend, budget, seed, facts, ceilings, ())
+    results = [result for result in done.results if result.status != "failed"]
+    had = {result.key for result in results}
+    rows = [row for row in rows if row.key not in had]
+    for row in _progress(rows, len(rows)):
+        result = harness.run(
             row,
             device=args.device,
             backend=backend,
             budget=budget,
-            ceilings=ceilings,
+            ceilings=done.ceilings,
             free_memory=machine.free_memory(args.device),
         )
-        for row in _progress(rows, len(rows))
-    )
-    done = report.Report(date, args.device, backend, budget, seed, facts, ceilings, results)
+        results.append(result)
+        done = dataclasses.replace(done, results=tuple(results))
+        if args.json:
+            report.save(done, args.json)
     print(report.table(done))
-    if args.json:
-        report.save(done, args.json)
     if args.plot and done.timed():
         report.plot(done, args.plot)
-    failed = sum(result.status == "failed" for result in results)
+    failed = sum(result.status == "failed" for result in done.results)
     if failed:
-        _say(f"fastgpt bench: {failed} of {len(results)} rows failed")
+        _say(f"fastgpt bench: {failed} of {len(done.results)} rows failed")
     elif not done.timed():
         _say("fastgpt bench: nothing could be measured")
     return 1 if failed or not done.timed() else 0
@@ -364,18 +392,25 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if failed or not verdicts else 0
 
 
+def _loaded(path: Path) -> report.Report:
+    from fastgpt.bench import report
+
+    try:
+        loaded = report.load(path)
+        report.table(loaded)
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"{path} is not a report of `fastgpt bench --json`: {error}") from error
+    return loaded
+
+
 def _report(args: argparse.Namespace) -> int:
     from fastgpt.bench import report
 
     _check_plot(args.plot)
-    try:
-        loaded = report.load(args.file)
-        table = report.table(loaded)
-    except OSError as error:
-        raise CommandError(f"{args.file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"{args.file} is not a report of `fastgpt bench --json`: {error}") from error
-    print(table)
+    loaded = _loaded(args.file)
+    print(report.table(loaded))
     if args.plot:
         if not loaded.timed():
             raise CommandError(f"{args.file} has no timings to draw")

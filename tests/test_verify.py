@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from backends import AVAILABLE
 from fastgpt import cli, dispatch, proof
 from fastgpt.verify import attention, merge, norm, run
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SMALL = [
     ("norm", "layer norm", "small", functools.partial(run._norm_results, norm.NormCase((5,), 33), "layer")),
     ("merge", "states", "few", functools.partial(run._merge_results, merge.MergeCase((2, 3, 4, 7)))),
@@ -135,6 +137,17 @@ def test_the_ops_that_pass_on_a_gpu_are_put_on_record(gpu, small, capsys):
     assert cli.main(["verify"]) == 0
     assert proof.load(identity) == ["merge"]
     assert "on record for `auto`: merge" in capsys.readouterr().out
+
+
+def test_what_ships_as_proven_is_shown_by_a_file():
+    """A file of `fastgpt verify --full --json` (`make gpu-parity`)."""
+    for (backend, op, architecture), name in dispatch.PROVEN.items():
+        verdicts, facts = run.load(RESULTS / name)
+        assert facts["identity"][backend]["architecture"] == architecture
+        own = [v for v in verdicts if (v.backend, v.op) == (backend, op)]
+        assert run.passed(own) == [op]
+        assert {v.field for v in own} == {c.field for c in run.table((op,), full=True, medium=True)}
+        assert {v.dtype for v in own} == {"float32", "bfloat16", "float16"}
 
 
 def test_nothing_to_verify_says_why(capsys, monkeypatch):

@@ -132,9 +132,9 @@ def _cases(medium: bool) -> Iterator[tuple[str, str, str, Callable[..., list[Res
 def table(ops: Iterable[str], full: bool, medium: bool) -> list[Check]:
     """The checks: each case in one of the dtypes in turn or, ``full``, in all; ``medium`` sizes, too."""
     return [
-        Check(op, field_, case, dtype, results)
+        Check(op, field_, case, DTYPES[(number + turn) % len(DTYPES)], results)
+        for turn in range(len(DTYPES) if full else 1)
         for number, (op, field_, case, results) in enumerate(_cases(medium))
-        for dtype in (DTYPES if full else (DTYPES[number % len(DTYPES)],))
         if op in ops
     ]
 

@@ -714,6 +714,7 @@ def _programs(t: Tensor, cu_seqlens: Tensor | None, block: int) -> int:
     return triton.cdiv(t.shape[1], block) * t.shape[0] * t.shape[2]
 
 
+@launch.tuned
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors
 ) -> tuple[Tensor, Tensor]:
@@ -750,6 +751,7 @@ def _bias_gradient(
     return dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
+@launch.tuned
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
