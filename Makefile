@@ -46,7 +46,7 @@ gpu-compile: $(VENV)/.stamp-dev
 GPU_PYTHON ?= python3
 RESULTS ?= benchmarks/results
 DATE ?= $(shell date +%F)
-GPU_RUN := PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m fastgpt.cli
+GPU_RUN := env PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m fastgpt.cli
 # $(call named,suffix): $$file is this GPU's of today.
 named = file=$(RESULTS)/$$($(GPU_PYTHON) -c \
 	"import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")-$(DATE)-$(1)
@@ -64,9 +64,10 @@ gpu-parity: gpu-build
 	exit $$status
 
 gpu-bench: gpu-build
-	@$(call named,bench); \
+	@$(call named,bench); status=0; \
 	timeout 470 $(GPU_RUN) bench attention decode norm launch --device cuda --budget 1 --resume \
-		--json "$$file.json" --plot "$$file.png"
+		--json "$$file.json" || status=$$?; \
+	$(GPU_RUN) report "$$file.json" --plot "$$file.svg"; exit $$status
 
 # The parity tests on kernels built with the address and undefined behaviour sanitizers, in a package of their
 # own, with each instruction set that this machine has. A finding ends the run, with its report on stderr.
