@@ -770,6 +770,7 @@ def _grid(t: Tensor, cu_seqlens: Tensor | None, block: int) -> tuple[int, int, i
     return t.shape[0], t.shape[2], triton.cdiv(t.shape[1], block)
 
 
+@launch.tuned
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors
 ) -> tuple[Tensor, Tensor]:
@@ -806,6 +807,7 @@ def _bias_gradient(
     return dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
+@launch.tuned
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
