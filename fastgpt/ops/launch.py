@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,18 @@ def architecture() -> str:
     return _architecture(torch.cuda.current_device())
 
 
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors() -> int:
+    """Of the current GPU; elsewhere a number that makes tests at small sizes use several."""
+    if triton.knobs.runtime.interpret or _compiling is not None:
+        return 4
+    return _multiprocessors(torch.cuda.current_device())
+
+
 def precision() -> str:
     """Of products of fp32: see fastgpt.ops.device.dot."""
     return "ieee" if architecture().startswith("gfx") else "tf32x3"
@@ -80,9 +92,13 @@ def block_dim(headdim: int) -> int:
 
 def vector_multiple(*tensors: Tensor) -> int:
     """Elements of 16 bytes if that divides every stride but the last of all these tensors, of one dtype; else 1."""
-    vector = VECTOR // tensors[0].element_size()
-    aligned = all(stride % vector == 0 for t in tensors for stride in t.stride()[:-1])
-    return vector if aligned else 1
+    return multiple([stride for t in tensors for stride in t.stride()[:-1]], tensors[0].element_size())
+
+
+def multiple(strides: Iterable[int], element_size: int) -> int:
+    """The same of strides."""
+    vector = VECTOR // element_size
+    return vector if all(stride % vector == 0 for stride in strides) else 1
 
 
 class _Compiling(NamedTuple):
