@@ -29,10 +29,10 @@ from fastgpt.ops.device import (
     offset,
     philox_keep,
     rows_from,
+    score,
     softmax_end,
     softmax_step,
     store_rows,
-    tanh,
     visible,
 )
 from fastgpt.ops.launch import Config
@@ -272,25 +272,16 @@ def _score_tile(qk, i, j, spec, tensors, C: tl.constexpr, MASKED: tl.constexpr):
     """
     shift = spec.seqlen_k - spec.seqlen_q
     inside = (i < spec.seqlen_q) & (j < spec.seqlen_k)
-    derivative = 1.0
-    if C.PLAIN:
-        x = qk
-        factor = spec.softmax_scale * LOG2E
-    else:
-        x = qk * spec.softmax_scale
-        factor = 1.0
-        if C.SOFTCAP:
-            t = tanh(x / spec.softcap)
-            x = t * spec.softcap
-            derivative = 1 - t * t
-        x = (x - spec.slope * tl.abs(i + shift - j).to(tl.float32)) * LOG2E
-        if tensors.attn_bias is not None:
-            at = spec.bias_start + i.to(tl.int64) * spec.stride_bias_q + j.to(tl.int64) * spec.stride_bias_k
-            bias = tl.load(tensors.attn_bias + at, mask=inside, other=0)
-            if tensors.attn_bias.dtype.element_ty == tl.int1:
-                x = tl.where(bias, x, -INF)
-            else:
-                x += bias.to(tl.float32) * LOG2E
+    x, factor, derivative = score(
+        qk, i + shift - j, spec.softmax_scale, spec.softcap, spec.slope, C.PLAIN, C.SOFTCAP
+    )
+    if tensors.attn_bias is not None:
+        at = spec.bias_start + i.to(tl.int64) * spec.stride_bias_q + j.to(tl.int64) * spec.stride_bias_k
+        bias = tl.load(tensors.attn_bias + at, mask=inside, other=0)
+        if tensors.attn_bias.dtype.element_ty == tl.int1:
+            x = tl.where(bias, x, -INF)
+        else:
+            x += bias.to(tl.float32) * LOG2E
     if MASKED:
         seen = visible(i, j, shift, spec.window_left, spec.window_right, C.HAS_LEFT, C.HAS_RIGHT)
         x = tl.where(seen & inside, x, -INF)
