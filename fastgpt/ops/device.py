@@ -134,8 +134,8 @@ def visible(i, j, shift, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_
 def key_range(
     first, last, shift, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
 ):
-    """Of queries first to last: [begin, end), the keys that any of them sees, and [full_begin, full_end), those
-    that all of them see. The ends of a query's keys rise with the query."""
+    """Of queries first to last: [begin, end), the keys that any of them sees, and [full_begin, full_end),
+    those that all of them see. The ends of a query's keys rise with the query."""
     begin = 0
     end = seqlen_k
     full_begin = 0
@@ -160,16 +160,6 @@ def blocks_of_keys(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def blocks_of_keys(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
-    """key_range's ends in blocks: those from begin to full_begin are seen in part, those to full_end whole,
-    those to end in part again. Returns begin, full_begin and full_end."""
-    begin = begin // BLOCK * BLOCK
-    full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK) * BLOCK, tl.maximum(end, begin))
-    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
-    return begin, full_begin, full_end
-
-
-@triton.jit
 def in_sight(
     first,
     last,
@@ -181,9 +171,9 @@ def in_sight(
     HAS_AFTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """begin, full_begin, full_end and end of blocks_of_keys for queries first to last, with shift = seqlen_k −
-    seqlen_q, count = seqlen_k and the window's sides before and after. For the blocks of queries that see keys
-    first to last, shift changes its sign and the sides their places, with count = seqlen_q."""
+    """begin, full_begin, full_end and end of blocks_of_keys for queries first to last, with shift = seqlen_k
+    − seqlen_q, count = seqlen_k and the window's sides before and after. For the blocks of queries that see
+    keys first to last, shift changes its sign and the sides their places, with count = seqlen_q."""
     begin, end, full_begin, full_end = key_range(
         first, last, shift, count, before, after, HAS_BEFORE, HAS_AFTER
     )
