@@ -34,6 +34,7 @@ from fastgpt.ops import launch
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
 from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
 from fastgpt.ops.norm.spec import NormSpec
+from fastgpt.ops.rotary.spec import RotarySpec, RotaryTensors
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -164,7 +165,12 @@ def decode(
             descale,
         )
         spec = DecodeSpec(
-            headdim**-0.5, 1000 if "window" in has else -1, 0, 30.0 if "softcap" in has else 0.0, False
+            headdim**-0.5,
+            window_left=1000 if "window" in has else -1,
+            window_right=0,
+            softcap=30.0 if "softcap" in has else 0.0,
+            rotary_interleaved="neighbours" in has,
+            num_splits=8 if "splits" in has else 0,
         )
         q = empty(batch, seqlen_q, nheads_k * group, headdim, dtype=dtype)
         module.forward(q, *caches, spec, tensors)
@@ -208,6 +214,21 @@ def merge(headdim: int, dtype: torch.dtype, quick: bool = False) -> Call:
     return Call("merge", f"d {headdim}", dtype, make, quick)
 
 
+def rotary(headdim: int, dtype: torch.dtype, features: str = "", quick: bool = False) -> Call:
+    has = features.split()
+
+    def make(module: ModuleType, lengths: int) -> None:
+        packed, tables = "varlen" in has, [empty(2 * lengths, headdim // 2) for _ in range(2)]
+        lead = (3 * lengths,) if packed else (3, lengths)
+        edges = empty(4, dtype=torch.int32) if packed else None
+        offsets = empty(3, dtype=torch.int32) if "offsets" in has else None
+        spec = RotarySpec(0, interleaved="neighbours" in has)
+        x = empty(*lead, 8, headdim, dtype=dtype)
+        module.forward(x, spec, RotaryTensors(tables[0], tables[1], offsets, edges))
+
+    return Call("rotary", f"d {headdim} {features}".rstrip(), dtype, make, quick)
+
+
 EVERYTHING = "softcap alibi sink bias dropout"
 CALLS = [
     *(attention(d, dtype, quick=dtype == BF16) for d in (64, 128, 256) for dtype in DTYPES),
@@ -228,6 +249,7 @@ CALLS = [
     attention(80, FP32),
     attention(192, BF16, headdim_v=128),
     *(decode(d, dtype, quick=(d, dtype) == (128, BF16)) for d in (64, 128, 256) for dtype in DTYPES),
+    *(decode(128, dtype, "splits", quick=dtype == BF16) for dtype in (BF16, FP32)),
     decode(128, BF16, group=1),
     decode(128, BF16, group=16),
     decode(128, BF16, seqlen_q=4),
@@ -235,6 +257,7 @@ CALLS = [
     decode(80, BF16, "static"),
     decode(128, BF16, "paged"),
     decode(128, BF16, "rotary"),
+    decode(128, BF16, "rotary neighbours"),
     decode(128, BF16, "paged rotary", quick=True),
     decode(128, BF16, "softcap alibi sink window leftpad"),
     *(decode(128, BF16, cache_dtype=cache, quick=cache == INT8) for cache in (INT8, FP8)),
@@ -250,6 +273,9 @@ CALLS = [
     *(norm(hidden, BF16, True, "residual", quick=hidden == 4096) for hidden in (768, 4096, 8192)),
     *(norm(hidden, BF16, False, "residual dropout") for hidden in (768, 4096, 131072)),
     *(merge(headdim, dtype, quick=dtype == BF16) for headdim in (64, 128) for dtype in (BF16, FP32)),
+    *(rotary(headdim, dtype) for headdim in (64, 128, 256) for dtype in (BF16, FP32)),
+    rotary(128, BF16, "neighbours"),
+    rotary(128, BF16, "offsets varlen", quick=True),
 ]  # fmt: skip
 LENGTHS = 1000, 77  # of sequences, or rows
 
