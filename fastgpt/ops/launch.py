@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import math
 import os
@@ -162,6 +163,16 @@ class _Compiling(NamedTuple):
 _compiling: _Compiling | None = None
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel keeps the tensor descriptors that it makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _run(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    triton.set_allocator(_scratch)
+    kernel[(programs,)](*args, **constants)
+
+
 def launch(
     kernel: Any, programs: int, config: Config, device: torch.device, *args: Any, **constants: Any
 ) -> None:
@@ -171,11 +182,12 @@ def launch(
     constants |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if _compiling is not None:
         _compiling.kernels.append(kernel.warmup(*args, grid=(programs,), **constants))
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*args, **constants)
-    else:
+    elif triton.knobs.runtime.interpret:
         kernel[(programs,)](*args, **constants)
+    else:
+        with torch.cuda.device(device):
+            # In a context of its own: the allocator that the user may have set stays.
+            contextvars.copy_context().run(_run, kernel, programs, args, constants)
 
 
 class _Offline:

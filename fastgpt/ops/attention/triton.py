@@ -51,41 +51,33 @@ FEATURES = (
     "backward",
 )
 
-# (chip, row in bytes, kernel): queries (block_m) by keys (block_n), warps, stages.
+_SCORES = ("", " general", " fp32")  # plain scores of 16 bits; softcap, ALiBi, bias or dropout; fp32
+
+
+def _table(chip: str, kernel: str, *configs: tuple[int, int, int, int]) -> dict[Any, Config]:
+    """Rows for head dims up to 64, 128 and 256: queries by keys of a tile, warps, stages."""
+    return {(chip, 64 << n, kernel): Config(*config) for n, config in enumerate(configs)}
+
+
+# By chip, head dim and kernel. Of the candidates that neither spill nor outgrow the chip's shared memory the
+# largest tile (benchmarks/compile_report.py); not one of them has been timed on a GPU yet.
 CONFIGS = {
-    ("default", 128, "forward"): Config(64, 64, 4, 2),
-    ("default", 256, "forward"): Config(64, 32, 4, 2),
-    ("default", 512, "forward"): Config(32, 32, 4, 1),
-    ("default", 1024, "forward"): Config(16, 16, 4, 1),
-    ("default", 1024, "rows"): Config(128, 128, 8, 1),
-    ("default", 128, "dkdv"): Config(32, 64, 4, 2),
-    ("default", 256, "dkdv"): Config(32, 32, 4, 1),
-    ("default", 512, "dkdv"): Config(16, 32, 4, 1),
-    ("default", 1024, "dkdv"): Config(16, 16, 4, 1),
-    ("default", 128, "dq"): Config(64, 32, 4, 2),
-    ("default", 256, "dq"): Config(32, 32, 4, 1),
-    ("default", 512, "dq"): Config(32, 16, 4, 1),
-    ("default", 1024, "dq"): Config(16, 16, 4, 1),
-    ("default", 1024, "dbias"): Config(16, 16, 4, 1),
-    ("interpreter", 1024, "forward"): Config(32, 64, 4, 1),
-    ("interpreter", 1024, "rows"): Config(128, 128, 8, 1),
-    ("interpreter", 1024, "dkdv"): Config(64, 32, 4, 1),
-    ("interpreter", 1024, "dq"): Config(32, 64, 4, 1),
-    ("interpreter", 1024, "dbias"): Config(64, 32, 4, 1),
-    ("sm_90", 128, "forward"): Config(128, 64, 4, 3),
-    ("sm_90", 256, "forward"): Config(128, 128, 8, 2),
-    ("sm_90", 512, "forward"): Config(128, 64, 8, 2),
-    ("sm_90", 1024, "forward"): Config(64, 32, 8, 1),
-    ("sm_90", 1024, "rows"): Config(128, 128, 8, 1),
-    ("sm_90", 128, "dkdv"): Config(64, 128, 8, 2),
-    ("sm_90", 256, "dkdv"): Config(64, 128, 8, 2),
-    ("sm_90", 512, "dkdv"): Config(64, 64, 8, 1),
-    ("sm_90", 1024, "dkdv"): Config(16, 32, 8, 1),
-    ("sm_90", 128, "dq"): Config(128, 64, 8, 2),
-    ("sm_90", 256, "dq"): Config(128, 64, 8, 2),
-    ("sm_90", 512, "dq"): Config(64, 32, 8, 1),
-    ("sm_90", 1024, "dq"): Config(32, 16, 8, 1),
-    ("sm_90", 1024, "dbias"): Config(32, 32, 8, 1),
+    **_table("default", "forward", (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
+    **_table("default", "forward general", (64, 32, 4, 2), (64, 32, 4, 1), (32, 16, 4, 1)),
+    **_table("default", "forward fp32", (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    **_table("default", "dq", (64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 4, 1)),
+    **_table("default", "dq general", (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    **_table("default", "dq fp32", (32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    **_table("default", "dkdv", (32, 64, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1)),
+    **_table("default", "dkdv general", (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    **_table("default", "dkdv fp32", (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("default", 256, "rows"): Config(128, 128, 8, 1),
+    ("default", 256, "dbias"): Config(16, 16, 4, 1),
+    **{("interpreter", 256, "forward" + kind): Config(64, 32, 4, 1) for kind in _SCORES},
+    **{("interpreter", 256, "dq" + kind): Config(32, 64, 4, 1) for kind in _SCORES},
+    **{("interpreter", 256, "dkdv" + kind): Config(64, 32, 4, 1) for kind in _SCORES},
+    ("interpreter", 256, "rows"): Config(128, 128, 8, 1),
+    ("interpreter", 256, "dbias"): Config(64, 32, 4, 1),
 }
 
 
@@ -718,9 +710,18 @@ def _bias(bias: Tensor | None) -> Tensor | None:
 
 def _normalized(tensors: AttentionTensors) -> AttentionTensors:
     """As the kernels read them."""
-    lengths = (None if t is None else t.contiguous() for t in tensors[:4])
-    heads = (None if t is None else t.float().contiguous() for t in (tensors.alibi_slopes, tensors.sink))
-    return AttentionTensors(*lengths, *heads, _bias(tensors.attn_bias), tensors.rng_state)
+
+    def contiguous(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if t is None else t.to(dtype).contiguous()
+
+    lengths = (contiguous(t, torch.int32) for t in tensors[:4])
+    heads = (contiguous(t, torch.float32) for t in (tensors.alibi_slopes, tensors.sink))
+    return AttentionTensors(*lengths, *heads, _bias(tensors.attn_bias), tensors.rng_state)  # type: ignore[call-arg]
+
+
+def _multiple(*tensors: Tensor) -> int:
+    """launch.vector_multiple, and 1 where rows lie on each other, which no tensor descriptor describes."""
+    return launch.vector_multiple(*tensors) if all(t.stride(-3) for t in tensors) else 1
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -752,10 +753,8 @@ def _constants(
     block_d, block_dv = launch.block_dim(q.shape[-1]), launch.block_dim(v.shape[-1])
     plain = not (spec.softcap or spec.alibi or spec.bias) and spec.softmax_scale > 0
     if kernel in ("forward", "dq", "dkdv"):
-        if q.dtype == torch.float32:
-            kernel += " fp32"
-        elif spec.dropout_p or not plain:
-            kernel += " general"
+        plain16, general, fp32 = _SCORES
+        kernel += fp32 if q.dtype == torch.float32 else plain16 if plain and not spec.dropout_p else general
     config = launch.choose(CONFIGS, max(block_d, block_dv), kernel)
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
@@ -764,7 +763,7 @@ def _constants(
 
 
 def _grid(t: Tensor, cu_seqlens: Tensor | None, block: int) -> tuple[int, int, int]:
-    """Sequences (packed ones count as one), heads and blocks of rows: one of each makes a program (_place)."""
+    """Sequences (packed ones count as one), heads, blocks of rows: one of each makes a program (_place)."""
     if cu_seqlens is not None:
         return 1, t.shape[1], t.shape[0] // block + cu_seqlens.shape[0] - 1
     return t.shape[0], t.shape[2], triton.cdiv(t.shape[1], block)
@@ -778,7 +777,7 @@ def forward(
     out = q.new_empty(*lead, seqlen, nheads, v.shape[-1])
     lse = q.new_empty(*lead, nheads, seqlen, dtype=torch.float32)
     tensors = _normalized(tensors)
-    constants, config = _constants(q, v, spec, launch.vector_multiple(q, k, v, out), "forward")
+    constants, config = _constants(q, v, spec, _multiple(q, k, v, out), "forward")
     programs = math.prod(_grid(q, tensors.cu_seqlens_q, config.block_m))
     args = (q, k, v, out, lse, tensors, *_strides(q, k, v, out), *_common(q, k, spec, tensors))
     launch.launch(attention_forward, programs, config, q.device, *args, constants)
@@ -825,7 +824,7 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     make = torch.zeros if spec.key_ranges else torch.empty  # rows of k that no sequence uses
     dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-    multiple = launch.vector_multiple(q, k, v, out, dout, dq, dk, dv)
+    multiple = _multiple(q, k, v, out, dout, dq, dk, dv)
     common = _common(q, k, spec, tensors)
     edges_q, edges_k = tensors.cu_seqlens_q, tensors.cu_seqlens_k
 
@@ -834,9 +833,9 @@ def backward(
     lse2, delta = (lse.new_empty(math.prod(grid) * ROWS.value) for _ in range(2))
     dsinks = None if sink is None else lse.new_zeros(grid)
     batch, nheads, _, seqlen_q, *_ = common[5:]
-    args = (out, dout, lse, dlse, lse2, delta, dsinks, edges_q, tensors.sink)
+    read = (out, dout, lse, dlse, lse2, delta, dsinks, edges_q, tensors.sink)
     numbers = (*_strides(out, dout), batch, nheads, seqlen_q)
-    launch.launch(attention_rows, math.prod(grid), config, q.device, *args, *numbers, constants)
+    launch.launch(attention_rows, math.prod(grid), config, q.device, *read, *numbers, constants)
     dsink = None if sink is None or dsinks is None else dsinks.sum((0, 2)).to(sink.dtype)
 
     constants, config = _constants(q, v, spec, multiple, "dkdv")
