@@ -34,6 +34,7 @@ from fastgpt.ops import launch
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
 from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
 from fastgpt.ops.norm.spec import NormSpec
+from fastgpt.ops.rotary.spec import RotarySpec, RotaryTensors
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -61,7 +62,9 @@ CHIPS = {
     "sm_100": Chip(("cuda", 100, 32), 16384, 64, 32, 228 * 1024, 227 * 1024, 1024),
     "gfx942": Chip(("hip", "gfx942", 64), 32768, 32, 16, 64 * 1024, 64 * 1024, 0),
 }
-QUICK_CHIPS = ("sm_80", "sm_90")
+QUICK_CHIPS = ("sm_90",)
+# Depths of calls. QUICK: in `make test`, too. CORE: every row of the launch tables, all chips. REST: sm_90.
+QUICK, CORE, REST = range(3)
 TENSOR_MEMORY = 512  # columns, of a multiprocessor of sm_100
 
 
@@ -72,7 +75,7 @@ class Call(NamedTuple):
     label: str
     dtype: torch.dtype
     launch: Callable[[ModuleType, int], None]
-    quick: bool
+    depth: int
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -85,7 +88,7 @@ def attention(
     features: str = "",
     headdim_v: int | None = None,
     window: tuple[int, int] = (-1, 0),
-    quick: bool = False,
+    depth: int = REST,
 ) -> Call:
     """Forward and, where it is written, backward, with the gradient of the bias if there is one."""
     has = features.split()
@@ -128,7 +131,7 @@ def attention(
 
     dims = f"{headdim}" if headdim == headdim_v else f"{headdim}/{headdim_v}"
     mask = {(-1, 0): "causal", (-1, -1): "full"}.get(window, "window")
-    return Call("attention", f"d {dims} {mask} {features}".rstrip(), dtype, make, quick)
+    return Call("attention", f"d {dims} {mask} {features}".rstrip(), dtype, make, depth)
 
 
 def decode(
@@ -138,7 +141,7 @@ def decode(
     cache_dtype: torch.dtype | None = None,
     group: int = 4,
     seqlen_q: int = 1,
-    quick: bool = False,
+    depth: int = REST,
 ) -> Call:
     has = features.split()
 
@@ -164,17 +167,22 @@ def decode(
             descale,
         )
         spec = DecodeSpec(
-            headdim**-0.5, 1000 if "window" in has else -1, 0, 30.0 if "softcap" in has else 0.0, False
+            headdim**-0.5,
+            window_left=1000 if "window" in has else -1,
+            window_right=0,
+            softcap=30.0 if "softcap" in has else 0.0,
+            rotary_interleaved="neighbours" in has,
+            num_splits=8 if "splits" in has else 0,
         )
         q = empty(batch, seqlen_q, nheads_k * group, headdim, dtype=dtype)
         module.forward(q, *caches, spec, tensors)
 
     cache = "" if cache_dtype is None else f" {NAMES[cache_dtype]} cache"
     label = f"d {headdim} group {group} q {seqlen_q}{cache} {features}".rstrip()
-    return Call("decode", label, dtype, make, quick)
+    return Call("decode", label, dtype, make, depth)
 
 
-def norm(hidden: int, dtype: torch.dtype, rms: bool, features: str = "", quick: bool = False) -> Call:
+def norm(hidden: int, dtype: torch.dtype, rms: bool, features: str = "", depth: int = REST) -> Call:
     """Forward and backward."""
     has = features.split()
 
@@ -193,10 +201,10 @@ def norm(hidden: int, dtype: torch.dtype, rms: bool, features: str = "", quick: 
         module.backward(rows(), dsum, rows(), weight, bias, mean, rstd, state, residual is not None, spec)
 
     label = f"{'rms' if rms else 'layer'} {hidden} {features}".rstrip()
-    return Call("norm", label, dtype, make, quick)
+    return Call("norm", label, dtype, make, depth)
 
 
-def merge(headdim: int, dtype: torch.dtype, quick: bool = False) -> Call:
+def merge(headdim: int, dtype: torch.dtype, depth: int = REST) -> Call:
     """Forward and backward."""
 
     def make(module: ModuleType, lengths: int) -> None:
@@ -205,52 +213,67 @@ def merge(headdim: int, dtype: torch.dtype, quick: bool = False) -> Call:
         module.forward(outs[0], lses[0], outs[1], lses[1])
         module.backward(outs[2], lses[2], outs[0], lses[0], outs[1], lses[1])
 
-    return Call("merge", f"d {headdim}", dtype, make, quick)
+    return Call("merge", f"d {headdim}", dtype, make, depth)
 
 
-EVERYTHING = "softcap alibi sink bias dropout"
+def rotary(headdim: int, dtype: torch.dtype, features: str = "", depth: int = REST) -> Call:
+    has = features.split()
+
+    def make(module: ModuleType, lengths: int) -> None:
+        packed, tables = "varlen" in has, [empty(2 * lengths, headdim // 2) for _ in range(2)]
+        lead = (3 * lengths,) if packed else (3, lengths)
+        edges = empty(4, dtype=torch.int32) if packed else None
+        offsets = empty(3, dtype=torch.int32) if "offsets" in has else None
+        spec = RotarySpec(0, interleaved="neighbours" in has)
+        x = empty(*lead, 8, headdim, dtype=dtype)
+        module.forward(x, spec, RotaryTensors(tables[0], tables[1], offsets, edges))
+
+    return Call("rotary", f"d {headdim} {features}".rstrip(), dtype, make, depth)
+
+
+GENERAL = "softcap alibi sink bias dropout"  # with a window: everything that a score may be
 CALLS = [
-    *(attention(d, dtype, quick=dtype == BF16) for d in (64, 128, 256) for dtype in DTYPES),
+    *(attention(headdim, BF16, depth=QUICK) for headdim in (64, 128, 256)),
+    attention(128, BF16, GENERAL, window=(255, 0), depth=QUICK),
+    *(attention(headdim, FP32, depth=CORE) for headdim in (64, 128, 256)),
+    *(attention(headdim, BF16, GENERAL, window=(255, 0), depth=CORE) for headdim in (64, 256)),
+    attention(128, FP32, GENERAL, window=(255, 0), depth=CORE),
+    attention(128, BF16, "varlen", depth=CORE),
+    attention(128, FP16),
     attention(128, BF16, window=(-1, -1)),
     attention(128, BF16, window=(255, 0)),
-    attention(128, BF16, "varlen", quick=True),
     attention(128, BF16, "varlen key_ranges", window=(255, 0)),
-    attention(64, BF16, "softcap alibi sink", window=(255, 0)),
-    attention(128, BF16, "softcap alibi sink", window=(255, 0)),
-    *(attention(d, BF16, "bias") for d in (64, 128)),
-    attention(128, BF16, "mask", window=(-1, -1)),
-    *(attention(d, BF16, "dropout") for d in (64, 128)),
-    attention(128, BF16, EVERYTHING, window=(255, 0), quick=True),
-    attention(128, FP32, EVERYTHING, window=(255, 0)),
-    attention(256, BF16, EVERYTHING, window=(255, 0)),
+    *(attention(128, BF16, feature) for feature in ("softcap", "alibi sink", "bias", "dropout")),
+    attention(64, BF16, "mask", window=(-1, -1)),
     attention(40, BF16),
     attention(80, BF16),
     attention(80, FP32),
     attention(192, BF16, headdim_v=128),
-    *(decode(d, dtype, quick=(d, dtype) == (128, BF16)) for d in (64, 128, 256) for dtype in DTYPES),
+    *(decode(128, BF16, features, depth=QUICK) for features in ("splits", "paged rotary")),
+    *(decode(headdim, BF16, depth=CORE) for headdim in (64, 128, 256)),
+    *(decode(headdim, FP32, "splits", depth=CORE) for headdim in (64, 128, 256)),
+    *(decode(headdim, BF16, seqlen_q=64, depth=CORE) for headdim in (64, 128, 256)),
+    decode(128, FP32, seqlen_q=64, depth=CORE),
+    *(decode(128, BF16, cache_dtype=cache, depth=CORE) for cache in (INT8, FP8)),
+    decode(128, FP16),
     decode(128, BF16, group=1),
     decode(128, BF16, group=16),
     decode(128, BF16, seqlen_q=4),
-    decode(128, BF16, seqlen_q=64),
     decode(80, BF16, "static"),
-    decode(128, BF16, "paged"),
-    decode(128, BF16, "rotary"),
-    decode(128, BF16, "paged rotary", quick=True),
+    *(decode(128, BF16, features) for features in ("paged", "rotary", "rotary neighbours")),
     decode(128, BF16, "softcap alibi sink window leftpad"),
-    *(decode(128, BF16, cache_dtype=cache, quick=cache == INT8) for cache in (INT8, FP8)),
     decode(128, BF16, "paged rotary leftpad", cache_dtype=FP8),
-    *(
-        norm(hidden, dtype, rms, quick=(hidden, dtype) == (4096, BF16))
-        for hidden in (768, 2048, 4096, 8192, 131072)
-        for dtype in (BF16, FP32)
-        for rms in (False, True)
-    ),
-    norm(4096, FP16, False),
-    norm(1000, BF16, False),
-    *(norm(hidden, BF16, True, "residual", quick=hidden == 4096) for hidden in (768, 4096, 8192)),
+    *(norm(4096, BF16, rms, depth=QUICK) for rms in (False, True)),
+    *(norm(hidden, BF16, False, "residual", depth=CORE) for hidden in (256, 768, 2048, 8192, 16384, 131072)),
+    *(norm(hidden, FP32, False, depth=CORE) for hidden in (768, 4096, 131072)),
+    *(norm(hidden, BF16, True) for hidden in (64, 768, 1000, 2048, 8192, 131072)),
     *(norm(hidden, BF16, False, "residual dropout") for hidden in (768, 4096, 131072)),
-    *(merge(headdim, dtype, quick=dtype == BF16) for headdim in (64, 128) for dtype in (BF16, FP32)),
-]  # fmt: skip
+    norm(4096, FP16, False),
+    *(merge(headdim, dtype, depth=CORE) for headdim in (64, 128) for dtype in (BF16, FP32)),
+    *(rotary(headdim, dtype, depth=CORE) for headdim in (64, 128, 256) for dtype in (BF16, FP32)),
+    rotary(128, BF16, "neighbours"),
+    rotary(128, BF16, "offsets varlen", depth=QUICK),
+]
 LENGTHS = 1000, 77  # of sequences, or rows
 
 
@@ -426,13 +449,13 @@ def jobs(quick: bool) -> list[tuple[str, int]]:
         (chip, index)
         for chip in (QUICK_CHIPS if quick else CHIPS)
         for index, call in enumerate(CALLS)
-        if call.op in written and (call.quick or not quick)
+        if call.op in written and call.depth <= (QUICK if quick else REST if chip == "sm_90" else CORE)
     ]
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--quick", action="store_true", help="a few calls, for sm_80 and sm_90")
+    options.add_argument("--quick", action="store_true", help="a few calls, for sm_90")
     options.add_argument("--only", metavar="TEXT", default="", help="calls whose description has this text")
     options.add_argument("--output", type=Path, metavar="FILE", help="write the report, in Markdown")
     args = options.parse_args()

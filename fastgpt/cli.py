@@ -342,9 +342,17 @@ def _verified_backends(asked: str | None) -> list[str]:
     raise CommandError(f"no kernels to verify here ({why})")
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _gpu_jobs() -> int:
+    """Half of the cores, at most 8, and 4 GiB of the GPU's memory for each."""
     import os
 
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(8, (os.cpu_count() or 1) // 2, memory >> 32))
+
+
+def _verify(args: argparse.Namespace) -> int:
     import torch
 
     from fastgpt import proof
@@ -372,7 +380,7 @@ def _verify(args: argparse.Namespace) -> int:
         todo = [
             check for key, check in wanted.items() if key not in verdicts or verdicts[key].status == "failed"
         ]
-        jobs = args.jobs or (min(8, max(1, (os.cpu_count() or 1) // 2)) if gpu else 1)
+        jobs = args.jobs or (_gpu_jobs() if gpu else 1)
         for verdict in _progress(run.run(todo, backend, "cuda" if gpu else "cpu", jobs), len(todo)):
             verdicts[verdict.key] = verdict
             if verdict.status == "failed":

@@ -127,7 +127,8 @@ def implementation(op: str, backend: str) -> ModuleType:
 @functools.cache
 def proven(backend: str, op: str) -> bool:
     """Whether the parity of GPU kernels is on record for the current device."""
-    return (backend, op, proof.architecture()) in PROVEN or op in proof.load(proof.identity(backend))
+    chip = proof.architecture()
+    return bool(chip) and ((backend, op, chip) in PROVEN or op in proof.load(proof.identity(backend)))
 
 
 def _reasons(call: Call, backend: str) -> list[str]:

@@ -15,7 +15,9 @@ import torch
 
 
 def architecture() -> str:
-    """Of the current GPU: sm_90, gfx942, ..."""
+    """Of the current GPU: sm_90, gfx942, ...; empty where there is none."""
+    if not torch.cuda.is_available():
+        return ""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     if torch.version.hip:
         return str(properties.gcnArchName).partition(":")[0]

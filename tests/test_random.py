@@ -6,14 +6,13 @@ A failing case prints itself and its seed, which hypothesis has made as small as
 from __future__ import annotations
 
 import pytest
-import test_rotary
 import torch
 from backends import AVAILABLE, DTYPES, judge
 from cases import AttentionCase, DecodeCase, DecodeVariant, Variant
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt.verify import attention, decode, merge, norm
+from fastgpt.verify import attention, decode, merge, norm, rotary
 
 KERNELS = [name for name in AVAILABLE if name not in ("reference", "torch")]
 SEEDS = st.integers(0, 2**16)
@@ -150,12 +149,12 @@ def merge_cases(draw) -> merge.MergeCase:
 
 
 @st.composite
-def rotary_cases(draw) -> test_rotary.RotaryCase:
+def rotary_cases(draw) -> rotary.RotaryCase:
     batch, headdim = draw(st.integers(0, 3)), draw(st.integers(2, 140) | st.sampled_from([64, 128, 256]))
     lengths = draw(maybe(st.tuples(*[st.integers(0, 80)] * max(batch, 1))))
     lead = (batch, draw(st.integers(0, 130))) if lengths is None else (sum(lengths),)
     starts = st.tuples(*[st.integers(0, 50)] * (batch if lengths is None else len(lengths)))
-    return test_rotary.RotaryCase(
+    return rotary.RotaryCase(
         (*lead, draw(st.integers(0, 9)), headdim),
         2 * draw(st.integers(1, headdim // 2)),
         draw(st.integers(0, 50) | starts),
@@ -196,9 +195,9 @@ def test_random_merge(backend, case, dtype, seed):
     judge(lambda: merge.results(case, dtype, backend, other=reference))
 
 
-@pytest.mark.parametrize("backend", [name for name in test_rotary.ROTATING if name in KERNELS])
+@pytest.mark.parametrize("backend", [name for name in rotary.ROTATING if name in KERNELS])
 @given(case=rotary_cases(), interleaved=st.booleans(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
 def test_random_rotary(backend, case, interleaved, dtype, seed):
     torch.manual_seed(seed)
-    reference = test_rotary.fused_rotary("reference")
-    judge(lambda: test_rotary.results(case, dtype, interleaved, backend, other=reference))
+    reference = rotary.fused_rotary("reference")
+    judge(lambda: rotary.results(case, dtype, interleaved, backend, other=reference))

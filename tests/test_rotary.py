@@ -2,139 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from backends import AVAILABLE, DTYPES, assert_parity, factor_of
-from test_merge import laid_out
 
 import fastgpt
 from fastgpt import dispatch
 from fastgpt.ops.rotary.spec import FEATURES, RotaryCall, RotarySpec, RotaryTensors
+from fastgpt.verify.rotary import (
+    CASES,
+    RotaryCase,
+    fused_rotary,
+    lengths_of,
+    make_inputs,
+    results,
+)
 
 ROTATING = [name for name in AVAILABLE if name != "cpu"]  # whose kernels have it inside decode alone
 STYLES = pytest.mark.parametrize("interleaved", [True, False], ids=["neighbours", "halves"])
 
 
-class RotaryCase(NamedTuple):
-    """``shape`` of x; ``lengths`` of the sequences if they are packed; the first position of all or of each;
-    whether the tables are of x's dtype."""
-
-    shape: tuple[int, ...]
-    rotary_dim: int
-    offsets: int | tuple[int, ...] = 0
-    lengths: tuple[int, ...] | None = None
-    layout: str = "contiguous"
-    narrow: bool = False
-
-    def __str__(self) -> str:
-        size = "x".join(map(str, self.shape))
-        kind = f"-packed{self.lengths}" * (self.lengths is not None) + "-narrow" * self.narrow
-        return f"{size}-r{self.rotary_dim}-from{self.offsets}-{self.layout}{kind}"
-
-    def sequences(self) -> list[tuple[int, int]]:
-        """Of each sequence the first position and how many there are."""
-        lengths = [self.shape[1]] * self.shape[0] if self.lengths is None else self.lengths
-        starts = self.offsets if isinstance(self.offsets, tuple) else [self.offsets] * len(lengths)
-        return list(zip(starts, lengths, strict=True))
-
-
-CASES = [
-    RotaryCase((1, 1, 1, 2), 2),
-    RotaryCase((2, 5, 3, 7), 4, offsets=3),
-    RotaryCase((3, 65, 5, 64), 64),
-    RotaryCase((2, 17, 3, 128), 128, offsets=(0, 40), narrow=True),
-    RotaryCase((2, 9, 6, 80), 32, offsets=(7, 0), layout="strided"),
-    RotaryCase((2, 33, 9, 40), 30, offsets=5),
-    RotaryCase((2, 130, 1, 16), 16, layout="strided", narrow=True),
-    RotaryCase((3, 4, 2, 24), 16, layout="expanded"),
-    RotaryCase((1, 3, 2, 256), 256),
-    RotaryCase((70, 5, 24), 24, lengths=(70,)),
-    RotaryCase((200, 3, 40), 34, lengths=(0, 1, 99, 0, 0, 100, 0), layout="strided"),
-    RotaryCase((90, 2, 64), 64, offsets=11, lengths=(64, 1, 25), narrow=True),
-    RotaryCase((90, 6, 8), 8, offsets=(0, 50, 3, 4, 5), lengths=(20, 0, 10, 1, 59)),
-    RotaryCase((0, 4, 2, 8), 8),
-    RotaryCase((2, 0, 2, 8), 8),
-    RotaryCase((2, 4, 0, 8), 8),
-    RotaryCase((0, 2, 8), 4, lengths=(0, 0)),
-]
 TABLE = [pytest.param(case, id=str(case)) for case in CASES]
-
-
-def make_inputs(case, dtype):
-    """x, dout, cos and sin, with NaN in the rows of the tables at which no token is."""
-    x, dout = (laid_out(torch.randn(case.shape).to(dtype), case.layout) for _ in range(2))
-    last = max(case.offsets, default=0) if isinstance(case.offsets, tuple) else case.offsets
-    longest = case.shape[1] if case.lengths is None else max(case.lengths)
-    used = torch.zeros(last + longest + 3, dtype=torch.bool)
-    for start, length in case.sequences():
-        used[start : start + length] = True
-    angles = 7 * torch.rand(len(used), case.rotary_dim // 2) - 3.5
-    tables = [t.masked_fill(~used[:, None], torch.nan) for t in (angles.cos(), angles.sin())]
-    cos, sin = (t.to(dtype if case.narrow else t.dtype) for t in tables)
-    return x, dout, laid_out(cos, "strided"), sin
-
-
-def plain_rotary(x, cos, sin, case, interleaved):
-    """As anyone would write it, in x's dtype, one sequence after the other."""
-
-    def turn(x, start):  # (seqlen, nheads, headdim)
-        rows = slice(start, start + x.shape[0])
-        c, s = (t[rows, None].to(x.dtype) for t in (cos, sin))
-        x, rest = x[..., : case.rotary_dim], x[..., case.rotary_dim :]
-        if interleaved:
-            c, s = (t.repeat_interleave(2, -1) for t in (c, s))
-            other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-        else:
-            c, s = (torch.cat((t, t), -1) for t in (c, s))
-            x1, x2 = x.chunk(2, -1)
-            other = torch.cat((-x2, x1), -1)
-        return torch.cat((x * c + other * s, rest), -1)
-
-    starts, lengths = zip(*case.sequences(), strict=True) if case.sequences() else ((), ())
-    parts = x.unbind() if case.lengths is None else x.split(lengths)
-    turned = [turn(part, start) for part, start in zip(parts, starts, strict=True)]
-    return (torch.stack(turned) if case.lengths is None else torch.cat(turned)) if turned else x.clone()
-
-
-def lengths_of(case):
-    """The arguments that say at which position each token is."""
-    offsets, edges = case.offsets, None
-    if isinstance(offsets, tuple):
-        offsets = torch.tensor(offsets, dtype=torch.int32)
-    if case.lengths is not None:
-        edges = torch.tensor((0, *case.lengths)).cumsum(0).int()
-    return {"seqlen_offsets": offsets, "cu_seqlens": edges}
-
-
-def fused_rotary(backend):
-    def rotary(x, cos, sin, case, interleaved):
-        arguments = {"interleaved": interleaved, **lengths_of(case), "backend": backend}
-        return fastgpt.rotary_embedding(x, cos, sin, **arguments)
-
-    return rotary
-
-
-def results(case, dtype, interleaved, backend, other=plain_rotary):
-    """(what, got, plain, exact) of out and of the gradient of x."""
-    inputs = make_inputs(case, dtype)
-    outputs = []
-    for rotary, tensors in (
-        (fused_rotary(backend), inputs),
-        (other, inputs),
-        (other, [t.double() for t in inputs]),
-    ):
-        x, dout, *tables = tensors
-        x = x.detach().requires_grad_()
-        out = rotary(x, *tables, case, interleaved)
-        outputs.append((out.detach(), *torch.autograd.grad(out, x, dout)))
-    (out, dx), (x, dout, *_) = outputs[0], inputs
-    assert out.dtype == dx.dtype == dtype
-    assert out.is_contiguous() and dx.is_contiguous()
-    for result, source in ((out, x), (dx, dout)):
-        assert torch.equal(result[..., case.rotary_dim :], source[..., case.rotary_dim :])
-    return list(zip(("out", "dx"), *outputs, strict=True))
 
 
 @STYLES

@@ -109,6 +109,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(proof, "identity", lambda backend: identity)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(cli, "_gpu_jobs", lambda: 1)
     monkeypatch.setattr("fastgpt.bench.machine.describe", lambda: {})
 
     def judge_as(states):

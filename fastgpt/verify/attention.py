@@ -222,13 +222,12 @@ def plain_attention(
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * (headdim**-0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    # Token i of q is token i + sk - sq of the keys' sequence.
+    i, j = torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)[None, :]
     if slopes is not None:
-        # Token i of q is token i + sk - sq of the keys' sequence; the penalty grows with the distance.
-        distance = torch.tensor([abs(i + sk - sq - j) for i in range(sq) for j in range(sk)]).view(sq, sk)
-        scores = scores - slopes.to(q).expand(batch, nheads)[..., None, None] * distance.to(q)
+        scores = scores - slopes.to(q).expand(batch, nheads)[..., None, None] * (i - j).abs().to(q)
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.to(q)
-    i, j = torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)[None, :]
     left, right = window
     hidden = torch.zeros(sq, sk, dtype=torch.bool)
     if left >= 0:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgpt import dispatch
-from fastgpt.verify import attention, decode, merge, norm
+from fastgpt.verify import attention, decode, merge, norm, rotary
 from fastgpt.verify.rule import DTYPES, Result, judge
 
 SCHEMA = 1
@@ -106,6 +106,12 @@ def _merge_results(case: merge.MergeCase, backend: str, dtype: torch.dtype) -> l
     return merge.results(case, dtype, backend)
 
 
+def _rotary_results(
+    case: rotary.RotaryCase, interleaved: bool, backend: str, dtype: torch.dtype
+) -> list[Result]:
+    return rotary.results(case, dtype, interleaved, backend)
+
+
 def _cases(medium: bool) -> Iterator[tuple[str, str, str, Callable[..., list[Result]]]]:
     """(op, field, case, results) of every case."""
     for plain in attention.ATTENTION:
@@ -127,6 +133,11 @@ def _cases(medium: bool) -> Iterator[tuple[str, str, str, Callable[..., list[Res
             yield "norm", field_, f"{kind} {rows}", functools.partial(_norm_results, rows, kind)
     for states in merge.CASES + (merge.MEDIUM if medium else []):
         yield "merge", "states", str(states), functools.partial(_merge_results, states)
+    for turned in rotary.CASES + (rotary.MEDIUM if medium else []):
+        for style, interleaved in (("neighbours", True), ("halves", False)):
+            field_ = f"{style}, packed" if turned.lengths is not None else style
+            results = functools.partial(_rotary_results, turned, interleaved)
+            yield "rotary", field_, f"{style} {turned}", results
 
 
 def table(ops: Iterable[str], full: bool, medium: bool) -> list[Check]:
