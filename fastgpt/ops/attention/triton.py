@@ -51,7 +51,7 @@ FEATURES = (
     "backward",
 )
 
-_SCORES = ("", " general", " fp32")  # plain scores of 16 bits; softcap, ALiBi, bias or dropout; fp32
+_SCORES = ("", " general", " fp32")  # 16 bits and causal or full; 16 bits with anything more; fp32
 
 
 def _table(chip: str, kernel: str, *configs: tuple[int, int, int, int]) -> dict[Any, Config]:
@@ -71,7 +71,7 @@ CONFIGS = {
     **_table("default", "dkdv", (32, 64, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1)),
     **_table("default", "dkdv general", (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     **_table("default", "dkdv fp32", (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    ("default", 256, "rows"): Config(128, 128, 8, 1),
+    ("default", 256, "rows"): Config(32, 32, 8, 1),
     ("default", 256, "dbias"): Config(16, 16, 4, 1),
     **{("interpreter", 256, "forward" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
     **{("interpreter", 256, "dq" + kind): Config(64, 128, 4, 1) for kind in _SCORES},
@@ -421,23 +421,26 @@ def attention_rows(
     first = block * ROWS
     if first >= sq:
         return
-    i = first + tl.arange(0, ROWS)
     Out += _start(b, first_q, h, stride_ob, stride_os, stride_oh, C.MULTIPLE)
     dOut += _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
-    out = _load_once(Out, first, sq, stride_os, C.HEADDIM_V, ROWS, C.BLOCK_DV, C)
-    dout = _load_once(dOut, first, sq, stride_dos, C.HEADDIM_V, ROWS, C.BLOCK_DV, C)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    at = _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q) + i
-    lse = tl.load(Lse + at, mask=i < sq, other=INF)
-    if dLse is not None:
-        delta -= tl.load(dLse + at, mask=i < sq, other=0.0)
-    at = _row_start(b, h, cu_seqlens_q, batch, nheads, seqlen_q) + i
-    lse = tl.where(lse == -INF, INF, lse * LOG2E)
-    tl.store(Lse2 + at, lse)
-    tl.store(Delta + at, delta)
-    if sink is not None:  # a key of value 0: its dp is 0
-        p = tl.exp2(tl.load(sink + h) * LOG2E - lse)
-        tl.store(dSink + tl.program_id(0), -tl.sum(p * delta))
+    from_row = _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q)
+    to_row = _row_start(b, h, cu_seqlens_q, batch, nheads, seqlen_q)
+    dsink = tl.full((C.BLOCK_M,), 0.0, tl.float32)
+    for at in tl.range(first, first + ROWS, C.BLOCK_M):
+        i = at + tl.arange(0, C.BLOCK_M)
+        out = _load_once(Out, at, sq, stride_os, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
+        dout = _load_once(dOut, at, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        lse = tl.load(Lse + from_row + i, mask=i < sq, other=INF)
+        if dLse is not None:
+            delta -= tl.load(dLse + from_row + i, mask=i < sq, other=0.0)
+        lse = tl.where(lse == -INF, INF, lse * LOG2E)
+        tl.store(Lse2 + to_row + i, lse)
+        tl.store(Delta + to_row + i, delta)
+        if sink is not None:  # a key of value 0: its dp is 0
+            dsink -= tl.exp2(tl.load(sink + h) * LOG2E - lse) * delta
+    if sink is not None:
+        tl.store(dSink + tl.program_id(0), tl.sum(dsink))
 
 
 @triton.jit
@@ -445,7 +448,7 @@ def _numbers_from(base, seqlen_q, C: tl.constexpr):
     """device.rows_from, for what attention_rows makes."""
     if C.TMA:
         return tl.make_tensor_descriptor(
-            base, shape=[tl.cdiv(seqlen_q, ROWS) * ROWS], strides=[1], block_shape=[C.BLOCK_M]
+            base, shape=[tl.maximum(tl.cdiv(seqlen_q, ROWS), 1) * ROWS], strides=[1], block_shape=[C.BLOCK_M]
         )
     else:
         return base
@@ -793,8 +796,9 @@ def _constants(
     block_d, block_dv = launch.block_dim(q.shape[-1]), launch.block_dim(v.shape[-1])
     plain = not (spec.softcap or spec.alibi or spec.bias) and spec.softmax_scale > 0
     if kernel in ("forward", "dq", "dkdv"):
-        plain16, general, fp32 = _SCORES
-        kernel += fp32 if q.dtype == torch.float32 else plain16 if plain and not spec.dropout_p else general
+        simple, general, fp32 = _SCORES
+        is_simple = plain and not spec.dropout_p and spec.window_left < 0
+        kernel += fp32 if q.dtype == torch.float32 else simple if is_simple else general
     config = launch.choose(CONFIGS, max(block_d, block_dv), kernel)
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
