@@ -76,8 +76,10 @@ CONFIGS = {
     **_table("sm_80", "forward", (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)),
     **_table("sm_80", "dq", (64, 32, 4, 2), (64, 32, 4, 2), (16, 16, 4, 1)),
     **_table("sm_90", "forward", (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
+    **_table("sm_90", "forward fp32", (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("sm_90", "forward general", (128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
     **_table("sm_90", "dq", (128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
+    **_table("sm_90", "dq fp32", (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("sm_90", "dq general", (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
     **_table("sm_90", "dkdv", (64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
     **_table("sm_90", "dkdv general", (32, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 1)),
@@ -810,7 +812,8 @@ def _constants(
     config = launch.choose(CONFIGS, max(block_d, block_dv), kernel)
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
-    chunked = q.dtype == torch.float32 and max(block_d, block_dv) > CHUNK.value
+    width = max(block_d, block_dv)
+    chunked = width > CHUNK.value if q.dtype == torch.float32 else width > 128 and kernel == "dkdv general"
     loads = multiple, multiple > 1 and launch.has_tma() and not chunked, chunked
     return _Constants(*map(tl.constexpr, (*sizes, *flags, *loads, launch.precision()))), config
 
