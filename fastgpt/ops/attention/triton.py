@@ -63,26 +63,25 @@ def _table(chip: str, kernel: str, *configs: tuple[int, int, int, int]) -> dict[
 # largest tile (benchmarks/compile_report.py); not one of them has been timed on a GPU yet.
 CONFIGS = {
     **_table("default", "forward", (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
-    **_table("default", "forward general", (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
+    **_table("default", "forward general", (64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 4, 1)),
     **_table("default", "forward fp32", (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("default", "dq", (64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
     **_table("default", "dq general", (64, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
     **_table("default", "dq fp32", (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("default", "dkdv", (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
-    **_table("default", "dkdv general", (32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    **_table("default", "dkdv general", (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     **_table("default", "dkdv fp32", (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ("default", 256, "rows"): Config(32, 32, 8, 1),
-    ("default", 256, "dbias"): Config(16, 16, 4, 1),
+    ("default", 256, "dbias"): Config(16, 16, 8, 1),
     **_table("sm_80", "forward", (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)),
     **_table("sm_80", "dq", (64, 32, 4, 2), (64, 32, 4, 2), (16, 16, 4, 1)),
     **_table("sm_90", "forward", (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
     **_table("sm_90", "forward fp32", (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    **_table("sm_90", "forward general", (128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    **_table("sm_90", "forward general", (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
     **_table("sm_90", "dq", (128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
     **_table("sm_90", "dq fp32", (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    **_table("sm_90", "dq general", (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+    **_table("sm_90", "dq general", (64, 32, 4, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
     **_table("sm_90", "dkdv", (64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
-    **_table("sm_90", "dkdv general", (32, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 1)),
     **{("interpreter", 256, "forward" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
     **{("interpreter", 256, "dq" + kind): Config(64, 128, 4, 1) for kind in _SCORES},
     **{("interpreter", 256, "dkdv" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
@@ -813,7 +812,7 @@ def _constants(
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
     width = max(block_d, block_dv)
-    chunked = width > CHUNK.value if q.dtype == torch.float32 else width > 128 and kernel == "dkdv general"
+    chunked = width > CHUNK.value if q.dtype == torch.float32 else kernel == "dkdv general"
     loads = multiple, multiple > 1 and launch.has_tma() and not chunked, chunked
     return _Constants(*map(tl.constexpr, (*sizes, *flags, *loads, launch.precision()))), config
 
