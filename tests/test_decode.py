@@ -13,6 +13,7 @@ from fastgpt.verify.decode import make, options, plain, variant_results
 
 CASES = [pytest.param(case, id=str(case)) for case in DECODE]
 WITH_LSE = [name for name in AVAILABLE if name != "torch"]
+KERNELS = [name for name in WITH_LSE if name != "reference"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,12 +88,67 @@ def test_same_bits_at_any_thread_count_and_in_any_batch(num_splits, dtype):
         assert torch.equal(one, two) and torch.equal(one, seven) and torch.equal(one[2:3], single)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_same_bits_in_any_batch(num_splits, backend):
+    case = DecodeCase(2, 2, 400, (390, 3, 130), 4, 2, 24, 24)
+    inputs = make(case, torch.float32)
+
+    def f(rows=slice(None)):
+        q, k_cache, v_cache, k, v, lengths = (t[rows].clone() for t in inputs)
+        options = {"num_splits": num_splits, "return_lse": True, "backend": backend}
+        return fastgpt.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, **options)
+
+    for together, alone in zip(f(), f(slice(2, 3)), strict=True):
+        assert torch.equal(together[2:3], alone)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("batch, seqlen_q", [(0, 1), (1, 0)])
-def test_a_call_without_queries(batch, seqlen_q):
-    """An empty one: it divided by the number of rows."""
+def test_a_call_without_queries(batch, seqlen_q, backend):
+    """An empty one: it divided by the number of rows. What it appends is written all the same."""
     q, cache = torch.randn(batch, seqlen_q, 4, 16), torch.randn(2, batch, 8, 2, 16)
-    out = fastgpt.attention_with_kvcache(q, *cache, cache_seqlens=8, backend="cpu")
+    out = fastgpt.attention_with_kvcache(q, *cache, cache_seqlens=8, backend=backend)
     assert out.shape == q.shape
+    k, v = torch.randn(2, batch, 3, 2, 16)
+    out = fastgpt.attention_with_kvcache(q, *cache, k, v, cache_seqlens=5, backend=backend)
+    assert out.shape == q.shape and torch.equal(cache[0, :, 5:], k) and torch.equal(cache[1, :, 5:], v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_an_append_stores_what_reference_stores(backend, cache_dtype, dtype):
+    """Bit by bit: ties, numbers that saturate, that round to 0 and to less than the least normal number. The
+    rotation is by quarter turns, which no arithmetic rounds."""
+    new, dim = 40, 64
+    k, v = ((torch.randn(2, 1, new, 2, dim) * torch.randint(-9, 9, (new, 1, dim)).float().exp2()) * 8).to(
+        dtype
+    )
+    k[:, ::2] = torch.randint(-2000, 2000, k[:, ::2].shape) / 8  # ties
+    v[:, 1::2] = (torch.randint(-40, 40, v[:, 1::2].shape) * 2.0**-11).to(dtype)
+    v[:, 2, :, :4] = torch.tensor([0.0, -0.0, -300.0, 5e4]).to(dtype)
+    turns = torch.randint(4, (60, 8))
+    table = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    scale = {"k_descale": torch.tensor([0.25, 0.3]), "v_descale": torch.tensor([0.5, 0.9])}
+    caches = []
+    for name in ("reference", backend):
+        cache = [torch.zeros(1, 60, 2, dim).to(cache_dtype or dtype) for _ in range(2)]
+        fastgpt.attention_with_kvcache(
+            torch.zeros(1, 1, 2, dim, dtype=dtype),
+            *cache,
+            k,
+            v,
+            cache_seqlens=7,
+            rotary_cos=table[turns],
+            rotary_sin=table[turns - 1],
+            rotary_interleaved=dtype == torch.float16,
+            **(scale if cache_dtype else {}),
+            backend=name,
+        )
+        caches.append([c.view(torch.uint8) for c in cache])
+    for expected, got in zip(*caches, strict=True):
+        assert torch.equal(expected, got)
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
@@ -410,24 +466,26 @@ def test_autograd_sees_that_the_cache_has_changed(backend):
         )
 
 
-def test_every_stored_fp8_value_is_read_as_torch_reads_it():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_every_stored_fp8_value_is_read_as_torch_reads_it(backend, dtype):
     codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
     values = codes.view(torch.float8_e4m3fn).view(1, 1, 1, -1)
-    q, k = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1).to(torch.float8_e4m3fn)
+    q, k = torch.zeros(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, 1).to(torch.float8_e4m3fn)
     one = torch.ones(1)
 
     def read():
         return fastgpt.attention_with_kvcache(
-            q, k, values, cache_seqlens=1, k_descale=one, v_descale=one, backend="cpu"
+            q, k, values, cache_seqlens=1, k_descale=one, v_descale=one, backend=backend
         )
 
-    assert torch.equal(read(), values.float())
-    if torch.set_flush_denormal(True):
+    assert torch.equal(read(), values.to(dtype))
+    if backend == "cpu" and torch.set_flush_denormal(True):
         try:
             flushed = read()
         finally:
             torch.set_flush_denormal(False)
-        assert torch.equal(flushed, values.float())
+        assert torch.equal(flushed, values.to(dtype))
 
 
 def test_an_append_bumps_the_version_of_either_cache():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -45,6 +46,30 @@ def offset(index, stride, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
+def gather_rows(base, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of rows of WIDTH elements, 0 beyond WIDTH and, if MASKED, in rows that are not inside."""
+    column = tl.arange(0, BLOCK)
+    pointers = base + offsets[:, None] + column[None, :]
+    if MASKED:
+        if WIDTH == BLOCK:
+            return tl.load(pointers, mask=inside[:, None], other=0)
+        return tl.load(pointers, mask=inside[:, None] & (column < WIDTH)[None, :], other=0)
+    if WIDTH == BLOCK:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0)
+
+
+@triton.jit
+def scatter_rows(base, offsets, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the rows of ``value``, in base's dtype, that are inside."""
+    column = tl.arange(0, BLOCK)
+    mask = inside[:, None]
+    if WIDTH != BLOCK:
+        mask = mask & (column < WIDTH)[None, :]
+    tl.store(base + offsets[:, None] + column[None, :], value, mask=mask)
+
+
+@triton.jit
 def rows_from(
     base, count, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
@@ -73,18 +98,8 @@ def load_rows(
         tile = source.load([tl.cast(first, tl.int32), 0])
     else:
         rows = tl.arange(0, ROWS)
-        column = tl.arange(0, BLOCK)
         source += offset(first, stride, MULTIPLE)
-        pointers = source + offset(rows, stride, MULTIPLE)[:, None] + column[None, :]
-        if MASKED and WIDTH != BLOCK:
-            mask = (first + rows < count)[:, None] & (column < WIDTH)[None, :]
-            tile = tl.load(pointers, mask=mask, other=0.0)
-        elif MASKED:
-            tile = tl.load(pointers, mask=(first + rows < count)[:, None], other=0.0)
-        elif WIDTH != BLOCK:
-            tile = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
-        else:
-            tile = tl.load(pointers)
+        tile = gather_rows(source, offset(rows, stride, MULTIPLE), first + rows < count, WIDTH, BLOCK, MASKED)
     return tile
 
 
@@ -99,12 +114,8 @@ def store_rows(
         rows_from(base, count, stride, WIDTH, ROWS, BLOCK, TMA).store([tl.cast(first, tl.int32), 0], value)
     else:
         rows = tl.arange(0, ROWS)
-        column = tl.arange(0, BLOCK)
-        mask = (first + rows < count)[:, None]
-        if WIDTH != BLOCK:
-            mask = mask & (column < WIDTH)[None, :]
         base += offset(first, stride, MULTIPLE)
-        tl.store(base + offset(rows, stride, MULTIPLE)[:, None] + column[None, :], value, mask=mask)
+        scatter_rows(base, offset(rows, stride, MULTIPLE), first + rows < count, value, WIDTH, BLOCK)
 
 
 @triton.jit
@@ -120,6 +131,35 @@ def visible(i, j, shift, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_
 
 
 @triton.jit
+def key_range(
+    first, last, shift, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):
+    """Of queries first to last: [begin, end), the keys that any of them sees, and [full_begin, full_end),
+    those that all of them see. The ends of a query's keys rise with the query."""
+    begin = 0
+    end = seqlen_k
+    full_begin = 0
+    full_end = seqlen_k
+    if HAS_LEFT:
+        begin = tl.maximum(first + shift - window_left, 0)
+        full_begin = tl.maximum(last + shift - window_left, 0)
+    if HAS_RIGHT:
+        end = tl.minimum(last + shift + window_right + 1, seqlen_k)
+        full_end = tl.minimum(first + shift + window_right + 1, seqlen_k)
+    return begin, end, full_begin, full_end
+
+
+@triton.jit
+def blocks_of_keys(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
+    """key_range's ends in blocks: those from begin to full_begin are seen in part, those to full_end whole,
+    those to end in part again. Returns begin, full_begin and full_end."""
+    begin = begin // BLOCK * BLOCK
+    full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK) * BLOCK, tl.maximum(end, begin))
+    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    return begin, full_begin, full_end
+
+
+@triton.jit
 def in_sight(
     first,
     last,
@@ -131,26 +171,13 @@ def in_sight(
     HAS_AFTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Which blocks of keys queries first to last see: all of them those in [full_begin, full_end), and no key
-    outside [begin, end) by any. The ends of what a query sees rise with the query.
-
-    shift = seqlen_k − seqlen_q, count = seqlen_k, before and after are the window's sides. For the blocks of
-    queries that see keys first to last, shift changes its sign and the sides their places, with count =
-    seqlen_q. begin, full_begin and full_end are multiples of BLOCK where anything is in [begin, end).
-    """
-    begin = 0
-    end = count
-    full_begin = 0
-    full_end = count
-    if HAS_BEFORE:
-        begin = tl.maximum(first + shift - before, 0)
-        full_begin = tl.maximum(last + shift - before, 0)
-    if HAS_AFTER:
-        end = tl.minimum(last + shift + after + 1, count)
-        full_end = tl.minimum(first + shift + after + 1, count)
-    begin = begin // BLOCK * BLOCK
-    full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK) * BLOCK, tl.maximum(end, begin))
-    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    """begin, full_begin, full_end and end of blocks_of_keys for queries first to last, with shift = seqlen_k
+    − seqlen_q, count = seqlen_k and the window's sides before and after. For the blocks of queries that see
+    keys first to last, shift changes its sign and the sides their places, with count = seqlen_q."""
+    begin, end, full_begin, full_end = key_range(
+        first, last, shift, count, before, after, HAS_BEFORE, HAS_AFTER
+    )
+    begin, full_begin, full_end = blocks_of_keys(begin, end, full_begin, full_end, BLOCK)
     return begin, full_begin, full_end, end
 
 
@@ -191,6 +218,26 @@ def tanh(x):
 
 
 @triton.jit
+def score(qk, distance, softmax_scale, softcap, slope, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr):
+    """softcap(softmax_scale · qk) − slope · |distance|, in base 2, is the first result times the second,
+    which is positive; the third is the derivative of softcap. PLAIN: there is neither softcap nor slope, and
+    softmax_scale > 0."""
+    derivative = 1.0
+    if PLAIN:
+        x = qk
+        factor = softmax_scale * LOG2E
+    else:
+        x = qk * softmax_scale
+        factor = 1.0
+        if SOFTCAP:
+            t = tanh(x / softcap)
+            x = t * softcap
+            derivative = 1 - t * t
+        x = (x - slope * tl.abs(distance).to(tl.float32)) * LOG2E
+    return x, factor, derivative
+
+
+@triton.jit
 def philox_keep(rng_state, rows, first, column, threshold, N: tl.constexpr):
     """(M, N) bool, which elements dropout keeps: Philox4x32-10 (Salmon et al. 2011) with the 64 bits of the
     seed as key. The four words of the counter (j // 4, rows, column, offset) decide for elements
@@ -211,3 +258,41 @@ def rotate(x, other, cos, sin, first):
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the elements x of pairs whose other ends are
     ``other``; first: whether x is the first of its pair."""
     return tl.where(first, x * cos - other * sin, x * cos + other * sin)
+
+
+@triton.jit
+def from_int8(x, dtype: tl.constexpr):
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return cast(x, dtype)
+
+
+@triton.jit
+def to_int8(x):
+    """fp32 rounded to the nearest integer, ties to even, and saturated at ±127."""
+    x = tl.where(x > 127, 127.0, tl.where(x < -127, -127.0, x))
+    magic: tl.constexpr = 1.5 * 2**23  # a unit in the last place of a sum with it is 1
+    return (x + magic - magic).to(tl.int8)
+
+
+@triton.jit
+def from_fp8(bits, dtype: tl.constexpr):
+    """float8 e4m3, given as bits (uint8) as not every chip has the type, in one that holds all its values."""
+    if not INTERPRETED and cuda_capability_geq(8, 9):
+        return bits.to(tl.float8e4nv, bitcast=True).to(dtype)
+    bits = bits.to(tl.uint32)
+    x = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
+    x *= 2.0**120  # the exponent's bias is 127 here and 7 there; subnormal numbers come out right, too
+    return cast(tl.where((bits & 0x7F) == 0x7F, float("nan"), x), dtype)
+
+
+@triton.jit
+def to_fp8(x):
+    """The bits (uint8) of fp32 in float8 e4m3, rounded to nearest even and saturated at ±448."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448
+    # Below 2^−6, the least normal number, they are multiples of 2^−9, a unit in the last place of 2^14.
+    small = (magnitude.to(tl.float32, bitcast=True) + 2.0**14).to(tl.uint32, bitcast=True)
+    normal = (magnitude - (120 << 23) + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
+    code = tl.where(magnitude < (121 << 23), small, normal)
+    return (tl.where(x == x, code & 0x7F, 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)

@@ -59,6 +59,18 @@ def architecture() -> str:
     return _architecture(torch.cuda.current_device())
 
 
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors() -> int:
+    """Of the current GPU; elsewhere a number that makes tests at small sizes use several."""
+    if triton.knobs.runtime.interpret or _compiling is not None:
+        return 4
+    return _multiprocessors(torch.cuda.current_device())
+
+
 def precision() -> str:
     """Of products of fp32: see fastgpt.ops.device.dot."""
     return "ieee" if architecture().startswith("gfx") else "tf32x3"
@@ -149,10 +161,15 @@ def block_dim(headdim: int) -> int:
 
 def vector_multiple(*tensors: Tensor) -> int:
     """Elements of 16 bytes, if that divides every stride but the last of these tensors of one dtype, or 1."""
-    vector = VECTOR // tensors[0].element_size()
-    aligned = all(stride % vector == 0 for t in tensors for stride in t.stride()[:-1])
-    aligned = aligned and all(t.data_ptr() % VECTOR == 0 for t in tensors)
-    return vector if aligned else 1
+    if any(t.data_ptr() % VECTOR for t in tensors):
+        return 1
+    return multiple([stride for t in tensors for stride in t.stride()[:-1]], tensors[0].element_size())
+
+
+def multiple(strides: Iterable[int], element_size: int) -> int:
+    """The same of strides."""
+    vector = VECTOR // element_size
+    return vector if all(stride % vector == 0 for stride in strides) else 1
 
 
 class _Compiling(NamedTuple):

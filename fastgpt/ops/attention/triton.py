@@ -29,10 +29,10 @@ from fastgpt.ops.device import (
     offset,
     philox_keep,
     rows_from,
+    score,
     softmax_end,
     softmax_step,
     store_rows,
-    tanh,
     visible,
 )
 from fastgpt.ops.launch import Config
@@ -51,7 +51,7 @@ FEATURES = (
     "backward",
 )
 
-_SCORES = ("", " general", " fp32")  # plain scores of 16 bits; softcap, ALiBi, bias or dropout; fp32
+_SCORES = ("", " general", " fp32")  # 16 bits and causal or full; 16 bits with anything more; fp32
 
 
 def _table(chip: str, kernel: str, *configs: tuple[int, int, int, int]) -> dict[Any, Config]:
@@ -71,19 +71,22 @@ CONFIGS = {
     **_table("default", "dkdv", (32, 64, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1)),
     **_table("default", "dkdv general", (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     **_table("default", "dkdv fp32", (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    ("default", 256, "rows"): Config(128, 128, 8, 1),
+    ("default", 256, "rows"): Config(32, 32, 8, 1),
     ("default", 256, "dbias"): Config(16, 16, 4, 1),
-    **{("interpreter", 256, "forward" + kind): Config(64, 32, 4, 1) for kind in _SCORES},
-    **{("interpreter", 256, "dq" + kind): Config(32, 64, 4, 1) for kind in _SCORES},
-    **{("interpreter", 256, "dkdv" + kind): Config(64, 32, 4, 1) for kind in _SCORES},
+    **{("interpreter", 256, "forward" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
+    **{("interpreter", 256, "dq" + kind): Config(64, 128, 4, 1) for kind in _SCORES},
+    **{("interpreter", 256, "dkdv" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
     ("interpreter", 256, "rows"): Config(128, 128, 8, 1),
-    ("interpreter", 256, "dbias"): Config(64, 32, 4, 1),
+    ("interpreter", 256, "dbias"): Config(128, 64, 4, 1),
 }
 
 
 def unsupported(call: AttentionCall) -> list[str]:
     headdim = max(call.headdim, call.headdim_v)
     return launch.refusals(call.device, call.dtype, call.features, FEATURES, headdim)
+
+
+CHUNK = tl.constexpr(32)  # columns
 
 
 @triton.jit
@@ -167,6 +170,38 @@ def _load_once(
 
 
 @triton.jit
+def _factor(
+    base, first, count, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr
+):
+    """What _product takes of a block that stays for the whole program: its rows, or where they begin."""
+    if C.CHUNKED:
+        return _pointers(base, first, stride, ROWS, C)
+    else:
+        return _load_once(base, first, count, stride, WIDTH, ROWS, BLOCK, C)
+
+
+@triton.jit
+def _pointers(base, first, stride, ROWS: tl.constexpr, C: tl.constexpr):
+    return base + offset(first, stride, C.MULTIPLE) + offset(tl.arange(0, ROWS), stride, C.MULTIPLE)
+
+
+@triton.jit
+def _product(a, b, inside_a, inside_b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    """a bᵀ of rows (M, BLOCK) and (N, BLOCK) or, if CHUNKED, of rows of WIDTH that begin at a and b."""
+    if C.CHUNKED:
+        product = tl.full((inside_a.shape[0], inside_b.shape[0]), 0.0, tl.float32)
+        for first in tl.range(0, BLOCK, CHUNK):
+            column = first + tl.arange(0, CHUNK)
+            mask = (column < WIDTH)[None, :]
+            a_part = tl.load(a[:, None] + column[None, :], mask=inside_a[:, None] & mask, other=0.0)
+            b_part = tl.load(b[:, None] + column[None, :], mask=inside_b[:, None] & mask, other=0.0)
+            product = dot(a_part, tl.trans(b_part), product, C.PRECISION)
+    else:
+        product = dot(a, tl.trans(b), None, C.PRECISION)
+    return product
+
+
+@triton.jit
 def _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q):
     """Where query 0 of (b, h) is in lse."""
     if cu_seqlens_q is not None:
@@ -207,6 +242,7 @@ class _Constants(NamedTuple):
     SOFTCAP: bool
     MULTIPLE: int  # divides all strides of q, k, v and what has their dtype (device.offset)
     TMA: bool  # device.rows_from
+    CHUNKED: bool  # rows are too wide for the registers: _product reads them in parts
     PRECISION: str  # device.dot
 
 
@@ -236,25 +272,16 @@ def _score_tile(qk, i, j, spec, tensors, C: tl.constexpr, MASKED: tl.constexpr):
     """
     shift = spec.seqlen_k - spec.seqlen_q
     inside = (i < spec.seqlen_q) & (j < spec.seqlen_k)
-    derivative = 1.0
-    if C.PLAIN:
-        x = qk
-        factor = spec.softmax_scale * LOG2E
-    else:
-        x = qk * spec.softmax_scale
-        factor = 1.0
-        if C.SOFTCAP:
-            t = tanh(x / spec.softcap)
-            x = t * spec.softcap
-            derivative = 1 - t * t
-        x = (x - spec.slope * tl.abs(i + shift - j).to(tl.float32)) * LOG2E
-        if tensors.attn_bias is not None:
-            at = spec.bias_start + i.to(tl.int64) * spec.stride_bias_q + j.to(tl.int64) * spec.stride_bias_k
-            bias = tl.load(tensors.attn_bias + at, mask=inside, other=0)
-            if tensors.attn_bias.dtype.element_ty == tl.int1:
-                x = tl.where(bias, x, -INF)
-            else:
-                x += bias.to(tl.float32) * LOG2E
+    x, factor, derivative = score(
+        qk, i + shift - j, spec.softmax_scale, spec.softcap, spec.slope, C.PLAIN, C.SOFTCAP
+    )
+    if tensors.attn_bias is not None:
+        at = spec.bias_start + i.to(tl.int64) * spec.stride_bias_q + j.to(tl.int64) * spec.stride_bias_k
+        bias = tl.load(tensors.attn_bias + at, mask=inside, other=0)
+        if tensors.attn_bias.dtype.element_ty == tl.int1:
+            x = tl.where(bias, x, -INF)
+        else:
+            x += bias.to(tl.float32) * LOG2E
     if MASKED:
         seen = visible(i, j, shift, spec.window_left, spec.window_right, C.HAS_LEFT, C.HAS_RIGHT)
         x = tl.where(seen & inside, x, -INF)
@@ -277,9 +304,12 @@ def _forward_tiles(
     for first in tl.range(begin, end, C.BLOCK_N):
         j = first + rows
         sk = spec.seqlen_k
-        k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, C.TMA, MASKED)
+        if C.CHUNKED:
+            k = _pointers(K, first, stride_ks, C.BLOCK_N, C)
+        else:
+            k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, C.TMA, MASKED)
         v = load_rows(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE, C.TMA, MASKED)
-        qk = dot(q, tl.trans(k), None, C.PRECISION)
+        qk = _product(q, k, i < spec.seqlen_q, j < sk, C.HEADDIM, C.BLOCK_D, C)
         s, factor, _ = _score_tile(qk, i[:, None], j[None, :], spec, tensors, C, MASKED)
         p, alpha, m, l = softmax_step(s, m, l, factor)
         if tensors.rng_state is not None:
@@ -331,7 +361,7 @@ def attention_forward(
     Q += _start(b, first_q, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
     K += _start(b, first_k, h // group, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
     V += _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
-    q = _load_once(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
+    q = _factor(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
     K = rows_from(K, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
     V = rows_from(V, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
 
@@ -391,23 +421,26 @@ def attention_rows(
     first = block * ROWS
     if first >= sq:
         return
-    i = first + tl.arange(0, ROWS)
     Out += _start(b, first_q, h, stride_ob, stride_os, stride_oh, C.MULTIPLE)
     dOut += _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
-    out = _load_once(Out, first, sq, stride_os, C.HEADDIM_V, ROWS, C.BLOCK_DV, C)
-    dout = _load_once(dOut, first, sq, stride_dos, C.HEADDIM_V, ROWS, C.BLOCK_DV, C)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    at = _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q) + i
-    lse = tl.load(Lse + at, mask=i < sq, other=INF)
-    if dLse is not None:
-        delta -= tl.load(dLse + at, mask=i < sq, other=0.0)
-    at = _row_start(b, h, cu_seqlens_q, batch, nheads, seqlen_q) + i
-    lse = tl.where(lse == -INF, INF, lse * LOG2E)
-    tl.store(Lse2 + at, lse)
-    tl.store(Delta + at, delta)
-    if sink is not None:  # a key of value 0: its dp is 0
-        p = tl.exp2(tl.load(sink + h) * LOG2E - lse)
-        tl.store(dSink + tl.program_id(0), -tl.sum(p * delta))
+    from_row = _lse_row(b, h, first_q, cu_seqlens_q, nheads, seqlen_q)
+    to_row = _row_start(b, h, cu_seqlens_q, batch, nheads, seqlen_q)
+    dsink = tl.full((C.BLOCK_M,), 0.0, tl.float32)
+    for at in tl.range(first, first + ROWS, C.BLOCK_M):
+        i = at + tl.arange(0, C.BLOCK_M)
+        out = _load_once(Out, at, sq, stride_os, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
+        dout = _load_once(dOut, at, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        lse = tl.load(Lse + from_row + i, mask=i < sq, other=INF)
+        if dLse is not None:
+            delta -= tl.load(dLse + from_row + i, mask=i < sq, other=0.0)
+        lse = tl.where(lse == -INF, INF, lse * LOG2E)
+        tl.store(Lse2 + to_row + i, lse)
+        tl.store(Delta + to_row + i, delta)
+        if sink is not None:  # a key of value 0: its dp is 0
+            dsink -= tl.exp2(tl.load(sink + h) * LOG2E - lse) * delta
+    if sink is not None:
+        tl.store(dSink + tl.program_id(0), tl.sum(dsink))
 
 
 @triton.jit
@@ -415,7 +448,7 @@ def _numbers_from(base, seqlen_q, C: tl.constexpr):
     """device.rows_from, for what attention_rows makes."""
     if C.TMA:
         return tl.make_tensor_descriptor(
-            base, shape=[tl.cdiv(seqlen_q, ROWS) * ROWS], strides=[1], block_shape=[C.BLOCK_M]
+            base, shape=[tl.maximum(tl.cdiv(seqlen_q, ROWS), 1) * ROWS], strides=[1], block_shape=[C.BLOCK_M]
         )
     else:
         return base
@@ -440,12 +473,16 @@ def _ds_tile(
     rows = tl.arange(0, C.BLOCK_N)
     j = first + rows
     sk = spec.seqlen_k
-    k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, C.TMA, MASKED)
-    v = load_rows(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE, C.TMA, MASKED)
-    qk = dot(q, tl.trans(k), None, C.PRECISION)
+    if C.CHUNKED:
+        k = _pointers(K, first, stride_ks, C.BLOCK_N, C)
+        v = _pointers(V, first, stride_vs, C.BLOCK_N, C)
+    else:
+        k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, C.TMA, MASKED)
+        v = load_rows(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.MULTIPLE, C.TMA, MASKED)
+    qk = _product(q, k, i < spec.seqlen_q, j < sk, C.HEADDIM, C.BLOCK_D, C)
     s, factor, derivative = _score_tile(qk, i[:, None], j[None, :], spec, tensors, C, MASKED)
     p = tl.exp2(s * factor - lse[:, None])
-    dp = dot(dout, tl.trans(v), None, C.PRECISION)
+    dp = _product(dout, v, i < spec.seqlen_q, j < sk, C.HEADDIM_V, C.BLOCK_DV, C)
     if tensors.rng_state is not None:
         dp = tl.where(_keep(i, first, spec, tensors, C), dp, 0.0) * spec.dropout_scale
     return p * (dp - delta[:, None]), derivative, k
@@ -461,6 +498,9 @@ def _dq_tiles(
         ds, derivative, k = _ds_tile(
             q, dout, lse, delta, i, first, K, V, stride_ks, stride_vs, spec, tensors, C, MASKED
         )
+        if C.CHUNKED:
+            sk = spec.seqlen_k
+            k = load_rows(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.MULTIPLE, C.TMA, True)
         dq = dot(cast(ds * derivative, k.dtype), k, dq, C.PRECISION)
     return dq
 
@@ -494,10 +534,10 @@ def attention_dq(
     V += _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
     dOut += _start(b, first_q, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
     at = _row_start(b, h, tensors.cu_seqlens_q, batch, nheads, seqlen_q)
-    q = _load_once(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
+    q = _factor(Q, first, sq, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
     K = rows_from(K, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
     V = rows_from(V, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
-    dout = _load_once(dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
+    dout = _factor(dOut, first, sq, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
     lse = tl.load(Lse2 + at + i)
     delta = tl.load(Delta + at + i)
 
@@ -542,10 +582,15 @@ def _dkdv_tiles(
         )
         lse = _load_numbers(Lse2, first, C)
         delta = _load_numbers(Delta, first, C)
-        kq = dot(k, tl.trans(q), None, C.PRECISION)
+        q_factor = q
+        dout_factor = dout
+        if C.CHUNKED:
+            q_factor = _pointers(Q, first, stride_qs, C.BLOCK_M, C)
+            dout_factor = _pointers(dOut, first, stride_dos, C.BLOCK_M, C)
+        kq = _product(k, q_factor, j < spec.seqlen_k, i < sq, C.HEADDIM, C.BLOCK_D, C)
         s, factor, derivative = _score_tile(kq, i[None, :], j[:, None], spec, tensors, C, MASKED)
         p = tl.exp2(s * factor - lse[None, :])
-        dp = dot(v, tl.trans(dout), None, C.PRECISION)
+        dp = _product(v, dout_factor, j < spec.seqlen_k, i < sq, C.HEADDIM_V, C.BLOCK_DV, C)
         dropped = p
         if tensors.rng_state is not None:
             keep = tl.trans(_keep(i, first_key, spec, tensors, C))
@@ -584,8 +629,8 @@ def attention_dkdv(
     j = first + rows
     K += _start(b, first_k, h_k, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
     V += _start(b, first_k, h_k, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
-    k = _load_once(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C)
-    v = _load_once(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C)
+    k = _factor(K, first, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C)
+    v = _factor(V, first, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C)
 
     dk = tl.full((C.BLOCK_N, C.BLOCK_D), 0.0, tl.float32)
     dv = tl.full((C.BLOCK_N, C.BLOCK_DV), 0.0, tl.float32)
@@ -680,10 +725,8 @@ def attention_dbias(
             at = _row_start(b, h, None, batch, nheads, seqlen_q)
             for i_block in tl.range(first_i, end_i, C.BLOCK_M):
                 i = i_block + rows_m
-                q = _load_once(q_base, i_block, seqlen_q, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
-                dout = _load_once(
-                    do_base, i_block, seqlen_q, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C
-                )
+                q = _factor(q_base, i_block, seqlen_q, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
+                dout = _factor(do_base, i_block, seqlen_q, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
                 lse = tl.load(Lse2 + at + i)
                 delta = tl.load(Delta + at + i)
                 for j_block in tl.range(first_j, end_j, C.BLOCK_N):
@@ -753,12 +796,14 @@ def _constants(
     block_d, block_dv = launch.block_dim(q.shape[-1]), launch.block_dim(v.shape[-1])
     plain = not (spec.softcap or spec.alibi or spec.bias) and spec.softmax_scale > 0
     if kernel in ("forward", "dq", "dkdv"):
-        plain16, general, fp32 = _SCORES
-        kernel += fp32 if q.dtype == torch.float32 else plain16 if plain and not spec.dropout_p else general
+        simple, general, fp32 = _SCORES
+        is_simple = plain and not spec.dropout_p and spec.window_left < 0
+        kernel += fp32 if q.dtype == torch.float32 else simple if is_simple else general
     config = launch.choose(CONFIGS, max(block_d, block_dv), kernel)
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
-    loads = multiple, multiple > 1 and launch.has_tma()
+    chunked = q.dtype == torch.float32 and max(block_d, block_dv) > 64
+    loads = multiple, multiple > 1 and launch.has_tma() and not chunked, chunked
     return _Constants(*map(tl.constexpr, (*sizes, *flags, *loads, launch.precision()))), config
 
 
