@@ -615,6 +615,7 @@ def _normalized(tensors: DecodeTensors) -> DecodeTensors:
     )
 
 
+@launch.tuned
 def forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec, tensors: DecodeTensors
 ) -> tuple[Tensor, Tensor]:

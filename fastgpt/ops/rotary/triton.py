@@ -184,6 +184,7 @@ def _constants(x: Tensor, out: Tensor, spec: RotarySpec, tensors: RotaryTensors)
     return _Constants(*map(tl.constexpr, values)), config
 
 
+@launch.tuned
 def forward(x: Tensor, spec: RotarySpec, tensors: RotaryTensors) -> Tensor:
     """out, contiguous, of x's shape and dtype."""
     out = x.new_empty(x.shape)
