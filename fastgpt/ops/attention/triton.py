@@ -69,6 +69,7 @@ CONFIGS = {
     **_table("default", "dq general", (64, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
     **_table("default", "dq fp32", (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("default", "dkdv", (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
+    **_table("default", "dkdv packed", (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
     **_table("default", "dkdv general", (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     **_table("default", "dkdv fp32", (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ("default", 256, "rows"): Config(32, 32, 8, 1),
@@ -82,9 +83,11 @@ CONFIGS = {
     **_table("sm_90", "dq fp32", (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("sm_90", "dq general", (64, 32, 4, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
     **_table("sm_90", "dkdv", (64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
+    **_table("sm_90", "dkdv packed", (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2)),
     **{("interpreter", 256, "forward" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
     **{("interpreter", 256, "dq" + kind): Config(64, 128, 4, 1) for kind in _SCORES},
     **{("interpreter", 256, "dkdv" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
+    ("interpreter", 256, "dkdv packed"): Config(128, 64, 4, 1),
     ("interpreter", 256, "rows"): Config(128, 128, 8, 1),
     ("interpreter", 256, "dbias"): Config(128, 64, 4, 1),
 }
@@ -808,6 +811,8 @@ def _constants(
         simple, general, fp32 = _SCORES
         is_simple = plain and not spec.dropout_p and spec.window_left < 0
         kernel += fp32 if q.dtype == torch.float32 else simple if is_simple else general
+        if kernel == "dkdv" and spec.varlen:
+            kernel = "dkdv packed"
     config = launch.choose(CONFIGS, max(block_d, block_dv), kernel)
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
