@@ -4,9 +4,9 @@
 
 The calls below go through the ops' own launchers, so what is compiled is what they would launch, with its
 configuration. Exits with 1 if a kernel does not compile, takes more shared memory than the chip has, does
-without Hopper's HGMMA (attention in 16 bits on sm_90, but for all options at once), is compiled again for other
-lengths, or spills on a chip that the tables were made for. Known to spill, and in the report: other chips, and
-fp32 with every option of the specification at once.
+without Hopper's HGMMA (attention in 16 bits on sm_90, but for every option at once), is compiled again for
+other lengths, or spills on a chip that the tables were made for. Known to spill, and in the report: other
+chips, and fp32 with every option of the specification at once.
 """
 
 from __future__ import annotations

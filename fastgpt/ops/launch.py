@@ -89,8 +89,8 @@ _asked: dict[Key, Config] | None = None  # while it looks which rows a call asks
 
 
 def choose(table: Mapping[tuple[str, int, str], Config], width: int, direction: str) -> Config:
-    """The table's row for this chip or, where it has none for the direction, of ``default``: that of the least
-    width that is enough."""
+    """The table's row for this chip or, where it has none for the direction, of ``default``: that of the
+    least width that is enough."""
     arch = architecture()
     if (id(table), arch, width, direction) not in _rows:
         known = any(key[0] == arch and key[2] == direction for key in table)
