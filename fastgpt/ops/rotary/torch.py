@@ -30,9 +30,14 @@ def composite(x: Tensor, spec: RotarySpec, tensors: RotaryTensors) -> Tensor:
         cos, sin = cos[positions], sin[positions]
     acc = x.dtype if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(acc).unsqueeze(-2), sin.to(acc).unsqueeze(-2)
-    rotary_dim = 2 * cos.shape[-1]
-    turned, rest = x[..., :rotary_dim].to(acc), x[..., rotary_dim:]
-    x1, x2 = turned.unflatten(-1, (-1, 2)).unbind(-1) if spec.interleaved else turned.chunk(2, -1)
-    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    y = (torch.stack((y1, y2), -1).flatten(-2) if spec.interleaved else torch.cat((y1, y2), -1)).to(x.dtype)
-    return torch.cat((y, rest), -1) if rest.shape[-1] else y
+    pairs = cos.shape[-1]
+    turned, rest = x[..., : 2 * pairs].to(acc), x[..., 2 * pairs :]
+    # (x1, x2) · (cos, cos) + (x2, x1) · (−sin, sin): fewer passes over memory than half by half.
+    if spec.interleaved:
+        cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+        swapped = turned.unflatten(-1, (pairs, 2)).flip(-1).flatten(-2)
+    else:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        swapped = turned.roll(pairs, -1)
+    y = torch.addcmul(turned * cos, swapped, sin).to(x.dtype)
+    return torch.cat((y, rest), -1) if rest.shape[-1] else y.contiguous()
