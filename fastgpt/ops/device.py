@@ -46,6 +46,14 @@ def offset(index, stride, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
+def multiple(n, MULTIPLE: tl.constexpr):
+    """n, of which the launcher knows that MULTIPLE divides it, in a form from which every compiler sees that,
+    in products with it and masks below it, too. On AMD the hint of ``offset`` is lost where rows differ in a
+    tile."""
+    return n // MULTIPLE * MULTIPLE
+
+
+@triton.jit
 def gather_rows(base, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """A tile of rows of WIDTH elements, 0 beyond WIDTH and, if MASKED, in rows that are not inside."""
     column = tl.arange(0, BLOCK)

@@ -65,10 +65,18 @@ def _multiprocessors(index: int) -> int:
 
 
 def multiprocessors() -> int:
-    """Of the current GPU; elsewhere a number that makes tests at small sizes use several."""
-    if triton.knobs.runtime.interpret or _compiling is not None:
+    """Of the current GPU; 4 under TRITON_INTERPRET=1, an H100's while compiling for chips that need not be
+    there."""
+    if triton.knobs.runtime.interpret:
         return 4
+    if _compiling is not None:
+        return 132
     return _multiprocessors(torch.cuda.current_device())
+
+
+def warp_size() -> int:
+    """Threads of a warp."""
+    return 64 if architecture().startswith("gfx9") else 32
 
 
 def precision() -> str:

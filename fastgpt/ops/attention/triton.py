@@ -771,7 +771,7 @@ def _normalized(tensors: AttentionTensors) -> AttentionTensors:
 
     lengths = (contiguous(t, torch.int32) for t in tensors[:4])
     heads = (contiguous(t, torch.float32) for t in (tensors.alibi_slopes, tensors.sink))
-    return AttentionTensors(*lengths, *heads, _bias(tensors.attn_bias), tensors.rng_state)  # type: ignore[call-arg]
+    return AttentionTensors._make((*lengths, *heads, _bias(tensors.attn_bias), tensors.rng_state))
 
 
 def _multiple(*tensors: Tensor) -> int:

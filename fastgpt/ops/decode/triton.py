@@ -606,12 +606,14 @@ def _contiguous_fp32(t: Tensor | None) -> Tensor | None:
 def _normalized(tensors: DecodeTensors) -> DecodeTensors:
     """As the kernel reads them: what has no stride of its own there contiguous, scales in fp32."""
     table = tensors.block_table
-    return DecodeTensors(
-        tensors.k,
-        tensors.v,
-        *(None if t is None else t.contiguous() for t in tensors[2:7]),
-        table if table is None or table.stride(1) == 1 else table.contiguous(),
-        *map(_contiguous_fp32, tensors[8:]),
+    return DecodeTensors._make(
+        (
+            tensors.k,
+            tensors.v,
+            *(None if t is None else t.contiguous() for t in tensors[2:7]),
+            table if table is None or table.stride(1) == 1 else table.contiguous(),
+            *map(_contiguous_fp32, tensors[8:]),
+        )
     )
 
 

@@ -1,14 +1,14 @@
-"""The merge of two attention states in Triton, forward and backward: that of (m, l, acc) in Flash-Decoding (Dao
-et al. 2023), of finished states, as FlashInfer's merge_state (Ye et al. 2025, arXiv:2501.01005).
+"""The merge of two attention states in Triton, forward and backward: that of (m, l, acc) in Flash-Decoding
+(Dao et al. 2023), of finished states, as FlashInfer's merge_state (Ye et al. 2025, arXiv:2501.01005).
 
     lse = log(exp(lse_a) + exp(lse_b)),  w_a = exp(lse_a − lse),  w_b = exp(lse_b − lse)
     out = w_a · out_a + w_b · out_b
 
-out_a, out_b, dout (batch, seqlen, nheads, headdim_v) or packed (total, nheads, headdim_v) in fp32, bf16 or fp16,
-any strides whose last is 1; lse_a, lse_b, dlse (batch, nheads, seqlen) or (nheads, total) fp32, any strides.
-Results are contiguous, all arithmetic is fp32. A program owns BLOCK_M rows, queries of a head; each is computed
-by itself. A state of weight 0 is not read; where both have none, out = 0, lse = −inf and every gradient
-is 0. Held by tests/test_merge.py.
+out_a, out_b, dout (batch, seqlen, nheads, headdim_v) or packed (total, nheads, headdim_v) in fp32, bf16 or
+fp16, any strides whose last is 1; lse_a, lse_b, dlse (batch, nheads, seqlen) or (nheads, total) fp32, any
+strides. Results are contiguous, all arithmetic is fp32. A program owns BLOCK_M rows, queries of a head; each
+is computed by itself. A state of weight 0 is not read; where both have none, out = 0, lse = −inf and every
+gradient is 0. Held by tests/test_merge.py.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _Constants(NamedTuple):
 
 @triton.jit
 def _place(nheads, seqlen, C: tl.constexpr):
-    """What a program owns: batch, head, queries, and which of these there are. The heads of a query follow each
-    other, as in memory."""
+    """What a program owns: batch, head, queries, and which of these there are. The heads of a query follow
+    each other, as in memory."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(seqlen, C.BLOCK_M)
     query = pid // nheads % blocks * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
@@ -256,6 +256,7 @@ def _launch(kernel: Any, tensors: list[Tensor | None], strides: list[int], outs:
     )
 
 
+@launch.tuned
 def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
     strides = _bsh(out_a, out_b) + _bhs(lse_a, lse_b)
@@ -263,6 +264,7 @@ def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple
     return out, lse
 
 
+@launch.tuned
 def backward(
     dout: Tensor, dlse: Tensor | None, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

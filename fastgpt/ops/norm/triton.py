@@ -7,10 +7,11 @@
     xhat = (z − mean) · rstd,  out = xhat · weight + bias
 
 x, residual, dout, dresidual_out (rows, hidden) in fp32, bf16 or fp16, any row stride; out, residual_out, dx,
-dresidual the same, contiguous; weight, bias, dweight, dbias (hidden) in x's dtype or fp32; mean, rstd (rows) fp32,
-as is all arithmetic. A program keeps whole rows in registers, so that each byte is read once and written once;
-rows too long for that are walked through twice, some columns at a time, by the ``_long`` kernels. The bits of
-out and dx depend on their row alone, those of dweight and dbias on shape and chip. Held by tests/test_norm.py.
+dresidual the same, contiguous; weight, bias, dweight, dbias (hidden) in x's dtype or fp32; mean, rstd (rows)
+fp32, as is all arithmetic. A program keeps whole rows in registers, so that each byte is read once and
+written once; rows too long for that are walked through twice, some columns at a time, by the ``_long``
+kernels. The bits of out and dx depend on their row alone, those of dweight and dbias on shape and chip. Held
+by tests/test_norm.py.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "dropout", "bac
 
 LONG = 2**31  # above every hidden
 
-# (chip, hidden, kernel): tiles of block_m rows by block_n columns. A thread has 32 elements of a row in forward,
-# 16 in backward, where it also has the columns' sums. For longer rows than the rest, and norm_reduce: LONG.
+# (chip, hidden, kernel): tiles of block_m rows by block_n columns. A thread has 32 elements of a row in
+# forward, 16 in backward, where it also has the columns' sums. For longer rows than the rest, and
+# norm_reduce: LONG.
 CONFIGS = {
     ("default", 64, "forward"): Config(64, 64, 4, 1),
     ("default", 256, "forward"): Config(16, 256, 4, 1),
@@ -82,8 +84,9 @@ class _Tensors(NamedTuple):
 class _Constants(NamedTuple):
     """What a kernel is compiled for, beside dtypes and which optional tensors there are.
 
-    A tile is (BLOCK_M, PIECES, BLOCK_N): BLOCK_N consecutive columns are what the threads of a row load at once,
-    16 bytes each. So the columns of a row are with as few warps as may be, and sums over it take few shuffles.
+    A tile is (BLOCK_M, PIECES, BLOCK_N): BLOCK_N consecutive columns are what the threads of a row load at
+    once, 16 bytes each. So the columns of a row are with as few warps as may be, and sums over it take few
+    shuffles.
     """
 
     PIECES: int
@@ -140,8 +143,8 @@ def _store(base, row, hidden, column, inside, value, C: tl.constexpr):
 
 @triton.jit
 def _load_parameter(base, column, inside):
-    """Weight or bias in fp32, for each row of a tile: threads read what they need, most of it from their cache, which
-    is quicker than to pass it on."""
+    """Weight or bias in fp32, for each row of a tile: threads read what they need, most of it from their
+    cache, which is quicker than to pass it on."""
     column = tl.broadcast_to(column, inside.shape)
     return tl.load(base + column, mask=inside, other=0.0).to(tl.float32)
 
@@ -249,9 +252,9 @@ def norm_forward_long(
 ):
     """norm_forward of longer rows: a walk for z and its statistics, and one for out.
 
-    Each lane follows the mean of what it sees, and the squares about that (Welford 1962), of z less a pivot, the
-    mean of the first columns; in the end the lanes are joined (Chan, Golub & LeVeque 1983). So no variance is a
-    difference of large moments, and a large mean's rounding is not seen.
+    Each lane follows the mean of what it sees, and the squares about that (Welford 1962), of z less a pivot,
+    the mean of the first columns; in the end the lanes are joined (Chan, Golub & LeVeque 1983). So no
+    variance is a difference of large moments, and a large mean's rounding is not seen.
     """
     row, has_row = _rows(tl.program_id(0), rows, C)
     dropout = _Dropout(tensors.rng_state, dropout_threshold, dropout_scale)
@@ -334,8 +337,8 @@ def norm_backward(
     dropout_scale,
     C: tl.constexpr,
 ):
-    """dx, and dresidual where there is a tensor for it, of every num_programs-th block of rows, and what these
-    rows add to dweight and dbias. Of norm_forward's out = xhat · weight + bias, with g = dout · weight:
+    """dx, and dresidual where there is a tensor for it, of every num_programs-th block of rows, and what
+    these rows add to dweight and dbias. Of norm_forward's out = xhat · weight + bias, with g = dout · weight:
 
         dz = rstd · (g − xhat · mean(g · xhat) − mean(g)) + dresidual_out, without mean(g) in RMS norm
         dx = dropout(dz),  dresidual = dz,  dweight = Σ dout · xhat and dbias = Σ dout over the rows
@@ -485,6 +488,7 @@ def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
+@launch.tuned
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -517,6 +521,7 @@ def forward(
     return out, residual_out, mean, rstd
 
 
+@launch.tuned
 def backward(
     dout: Tensor,
     dresidual_out: Tensor | None,
@@ -535,11 +540,11 @@ def backward(
     dout, z, dresidual_out = dout.reshape(-1, hidden), z.reshape(-1, hidden), _as_rows(dresidual_out)
     config, constants, long = _plan("backward", hidden, dout, z, dresidual_out, dx.view(z.shape))
     # As many programs as fit a chip at 128 registers a thread, at most two a multiprocessor.
-    most = launch.multiprocessors(z.device) * min(2, 16 // config.num_warps)
+    most = launch.multiprocessors() * min(2, 16 // config.num_warps)
     programs = min(most, triton.cdiv(rows, config.block_m))
     dweight, dbias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
     sums = (None if t is None else t.new_empty(programs, hidden, dtype=torch.float32) for t in (weight, bias))
-    tensors = _Tensors(None, None, dresidual_out, dresidual, weight, bias, *sums, mean, rng_state)
+    tensors = _Tensors._make((None, None, dresidual_out, dresidual, weight, bias, *sums, mean, rng_state))
     launch.launch(
         norm_backward_long if long else norm_backward,
         programs,
