@@ -54,7 +54,8 @@ GPU_RUN := env PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m fastgpt.cli
 named = file=$(RESULTS)/$$($(GPU_PYTHON) -c \
 	"import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")-$(DATE)-$(1)
 
-gpu: gpu-parity gpu-bench
+gpu:
+	status=0; for stage in gpu-parity gpu-bench; do $(MAKE) $$stage || status=$$?; done; exit $$status
 
 gpu-build:
 	$(GPU_PYTHON) setup.py -q build_ext --inplace

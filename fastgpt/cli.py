@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -369,7 +370,8 @@ def _verify(args: argparse.Namespace) -> int:
             raise CommandError(f"--json: {error}") from error
     verdicts = {verdict.key: verdict for verdict in kept}
     for backend in _verified_backends(args.backend):
-        gpu = backend in dispatch.GPU_KERNELS and torch.cuda.is_available()
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU: that proves no GPU
+        gpu = backend in dispatch.GPU_KERNELS and torch.cuda.is_available() and not interpreted
         identity = proof.identity(backend) if gpu else None
         if facts["identity"].setdefault(backend, identity) != identity:
             raise CommandError(f"--json: {args.json} is of another device or another version")

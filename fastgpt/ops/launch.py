@@ -16,6 +16,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR = 16  # bytes that a thread loads at once
+LEAST_SCALE = 1e-37  # by which −inf can be multiplied: less may be 0 in fp32
 
 
 class Config(NamedTuple):
@@ -34,6 +35,8 @@ def refusals(
     reasons = []
     if device == "cpu" and not triton.knobs.runtime.interpret:
         reasons.append("the tensors are on the CPU, where Triton runs under TRITON_INTERPRET=1 alone")
+    if device == "cuda" and triton.knobs.runtime.interpret:
+        reasons.append("the tensors are on a GPU, and TRITON_INTERPRET=1 has Triton's kernels run on the CPU")
     if device not in ("cpu", "cuda"):
         reasons.append(f"the tensors are on {device}, not on a GPU")
     if dtype not in DTYPES:

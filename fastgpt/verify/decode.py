@@ -59,6 +59,8 @@ DECODE = [
     DecodeCase(1, 0, 32, (9, 8), 2, 1, 8, 8, num_splits=4),
     DecodeCase(60, 60, 200, (0, 130), 4, 2, 64, 64),  # prefill, and a chunk behind others
     DecodeCase(40, 40, 400, (350, 1), 2, 1, 48, 24, window=(25, 0)),
+    DecodeCase(3, 0, 30, (20, 1), 2, 1, 16, 16, causal=False, window=(-1, 2**31 - 1)),
+    DecodeCase(3, 3, 30, (20, 1), 2, 1, 16, 16, window=(2**31 - 1, 0)),
     DecodeCase(2, 70, 300, (100, 0), 4, 2, 16, 16, window=(9, 0), num_splits=2),  # new keys that none sees
 ]
 

@@ -458,6 +458,7 @@ def attention_rows(
 @triton.jit
 def _numbers_from(base, seqlen_q, C: tl.constexpr):
     """device.rows_from, for what attention_rows makes."""
+    tl.static_assert(ROWS % C.BLOCK_M == 0)
     if C.TMA:
         return tl.make_tensor_descriptor(
             base, shape=[tl.maximum(tl.cdiv(seqlen_q, ROWS), 1) * ROWS], strides=[1], block_shape=[C.BLOCK_M]
@@ -806,7 +807,7 @@ def _constants(
     q: Tensor, v: Tensor, spec: AttentionSpec, multiple: int, kernel: str
 ) -> tuple[_Constants, Config]:
     block_d, block_dv = launch.block_dim(q.shape[-1]), launch.block_dim(v.shape[-1])
-    plain = not (spec.softcap or spec.alibi or spec.bias) and spec.softmax_scale > 0
+    plain = not (spec.softcap or spec.alibi or spec.bias) and spec.softmax_scale > launch.LEAST_SCALE
     if kernel in ("forward", "dq", "dkdv"):
         simple, general, fp32 = _SCORES
         is_simple = plain and not spec.dropout_p and spec.window_left < 0

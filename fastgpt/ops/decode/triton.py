@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.ops import launch
-from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec, DecodeTensors
+from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec, DecodeTensors, capacity
 from fastgpt.ops.device import (
     INF,
     LOG2E,
@@ -579,7 +579,7 @@ def _plan(
         rows <= few.block_m,
         spec.window_left >= 0,
         spec.window_right >= 0,
-        linear and not spec.softcap and spec.softmax_scale > 0,
+        linear and not spec.softcap and spec.softmax_scale > launch.LEAST_SCALE,
         spec.softcap != 0,
         pairs,
         spec.rotary_interleaved,
@@ -653,6 +653,9 @@ def forward(
             q.new_empty(batch, seqlen_q, nheads, splits, headdim_v, dtype=torch.float32),
             q.new_empty(batch, nheads, seqlen_q, splits, dtype=torch.float32),
         )
+    # Beyond all keys and queries a window hides nothing, and sums with it stay in 32 bits.
+    most = capacity(k_cache, tensors) + seqlen_q + (0 if tensors.k is None else tensors.k.shape[1])
+    windows = min(spec.window_left, most), min(spec.window_right, most)
     launch.launch(
         decode_forward,
         plan.programs * splits,
@@ -668,8 +671,7 @@ def forward(
         seqlen_q,
         0 if k is None else k.shape[1],
         splits,
-        spec.window_left,
-        spec.window_right,
+        *windows,
         spec.softmax_scale,
         spec.softcap,
         plan.constants,
