@@ -60,7 +60,7 @@ def identity(backend: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "fastgpt": _version("fastgpt-kernels"),
-        "ops": _sources(),
+        "sources": _sources(),
     }
 
 
