@@ -41,7 +41,7 @@ class RotaryCase(NamedTuple):
 CASES = [
     RotaryCase((1, 1, 1, 2), 2),
     RotaryCase((2, 5, 3, 7), 4, offsets=3),
-    RotaryCase((3, 65, 5, 64), 64),
+    RotaryCase((2, 65, 5, 64), 64),
     RotaryCase((2, 17, 3, 128), 128, offsets=(0, 40), narrow=True),
     RotaryCase((2, 9, 6, 80), 32, offsets=(7, 0), layout="strided"),
     RotaryCase((2, 33, 9, 40), 30, offsets=5),

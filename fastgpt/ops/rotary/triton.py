@@ -7,6 +7,7 @@ Storage fp32, bf16 or fp16, any strides whose last is 1; arithmetic fp32. Held b
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -162,26 +163,21 @@ def rotary(
         tl.store(out + 2 * C.PAIRS + column, tl.load(x + 2 * C.PAIRS + column, mask=mask), mask=mask)
 
 
-def _constants(x: Tensor, out: Tensor, spec: RotarySpec, tensors: RotaryTensors) -> tuple[_Constants, Config]:
-    nheads, headdim = x.shape[-2:]
-    pairs = tensors.cos.shape[-1]
-    rest = headdim - 2 * pairs
-    config = launch.choose(CONFIGS, launch.block_dim(headdim) * x.element_size(), "forward")
-    heads = min(config.block_n, triton.next_power_of_2(nheads))
+def _power(n: int) -> int:
+    """The least power of two that is enough, 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
+
+
+@functools.cache
+def _constants(
+    config: Config, nheads: int, headdim: int, pairs: int, interleaved: bool, conjugate: bool, *multiples: int
+) -> tuple[_Constants, Config]:
+    """And config with as many heads as there are. Remembered: Triton finds its kernel by these objects, and
+    comparing others with them takes longer than all else that a launch does."""
+    heads = min(config.block_n, _power(nheads))
     config = config._replace(block_m=config.block_m * config.block_n // heads, block_n=heads)
-    values = (
-        pairs,
-        triton.next_power_of_2(pairs),
-        headdim,
-        triton.next_power_of_2(rest) if rest else 0,
-        config.block_m,
-        config.block_n,
-        spec.interleaved,
-        spec.conjugate,
-        launch.vector_multiple(x, out),
-        launch.vector_multiple(tensors.cos, tensors.sin),
-    )
-    return _Constants(*map(tl.constexpr, values)), config
+    sizes = pairs, _power(pairs), headdim, _power(headdim - 2 * pairs), config.block_m, config.block_n
+    return _Constants(*map(tl.constexpr, (*sizes, interleaved, conjugate, *multiples))), config
 
 
 @launch.tuned
@@ -190,20 +186,24 @@ def forward(x: Tensor, spec: RotarySpec, tensors: RotaryTensors) -> Tensor:
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    constants, config = _constants(x, out, spec, tensors)
-    *lead, seqlen, nheads, _ = x.shape
+    *lead, seqlen, nheads, headdim = x.shape
     rows = lead[0] if lead else 1
     batch = rows if tensors.cu_seqlens is None else tensors.cu_seqlens.shape[0] - 1
+    positions, pairs = tensors.cos.shape
+    multiples = launch.vector_multiple(x, out), launch.vector_multiple(tensors.cos, tensors.sin)
+    config = launch.choose(CONFIGS, headdim * x.element_size(), "forward")
+    sizes = nheads, headdim, pairs
+    constants, config = _constants(config, *sizes, spec.interleaved, spec.conjugate, *multiples)
     strides = [stride for t in (x, out) for stride in ((0,) * (4 - t.dim()) + t.stride()[:-1])]
     launch.launch(
         rotary,
-        rows * triton.cdiv(seqlen, config.block_m) * triton.cdiv(nheads, config.block_n),
+        rows * -(-seqlen // config.block_m) * -(-nheads // config.block_n),
         config,
         x.device,
         *(x, out, tensors),
         *strides,
         *(tensors.cos.stride(0), tensors.sin.stride(0)),
-        *(batch, seqlen, nheads, tensors.cos.shape[0], spec.seqlen_offset),
+        *(batch, seqlen, nheads, positions, spec.seqlen_offset),
         constants,
     )
     return out
