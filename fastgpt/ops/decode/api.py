@@ -163,8 +163,9 @@ def attention_with_kvcache(
         k_descale, v_descale: (nheads_k) or (batch, nheads_k), float32: what the elements of a cache in int8
             or float8_e4m3fn are multiplied by. New ones are divided by it, rounded to nearest and saturated.
         return_lse: also return the log-sum-exp of each row's scores.
-        num_splits: into how many parts the keys of a sequence are cut. 0: parts of a fixed size, so that
-            the result depends neither on the batch nor on the number of threads.
+        num_splits: into how many parts the keys of a sequence are cut. 0: on the CPU parts of a fixed size,
+            so that the result depends neither on the batch nor on the number of threads; on a GPU as many
+            as keep it busy, which depends on shapes, the batch's too.
         backend: ``auto``, ``cpu``, ``torch``, ``reference``, ``triton`` or ``cuda``; default
             ``FASTGPT_BACKEND``, else ``auto``.
 
