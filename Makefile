@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A plain `torch` brings gigabytes of CUDA packages; this release has a CPU build on the development machines.
 TORCH ?= 2.13.0
 
-.PHONY: demo test nightly sanitize test-torch test-native test-neon lint format bench clean
+.PHONY: demo test nightly gpu-compile gpu gpu-build gpu-parity gpu-bench sanitize test-torch test-native test-neon lint format bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,13 +29,48 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-dev
 demo: $(VENV)/.stamp-demo
 	$(BIN)/fastgpt demo --plot demo.png
 
+# The Triton kernels run in Triton's interpreter, on CPU tensors, a process a core.
 test: $(VENV)/.stamp-dev
-	TRITON_INTERPRET=1 FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu,triton $(BIN)/python -m pytest
+	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest
+	TRITON_INTERPRET=1 FASTGPT_REQUIRE_BACKENDS=triton OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto -k "triton or test_device"
 
 # 600 random specifications of each op against `reference`: what ran is in the statistics.
 nightly: $(VENV)/.stamp-dev
 	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest tests/test_random.py \
 		--hypothesis-profile=nightly --hypothesis-show-statistics
+
+# Every Triton kernel, configuration and dtype, compiled for chips that need not be there; a few minutes.
+gpu-compile: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/compile_report.py --output benchmarks/results/triton-compile-report.md
+
+# On a machine with a GPU, by its own Python with torch, triton, setuptools, pybind11, cmake and ninja; nothing is
+# downloaded. Stages of less than 8 minutes, the most telling first; run again, each goes on where it was stopped.
+GPU_PYTHON ?= python3
+RESULTS ?= benchmarks/results
+DATE ?= $(shell date +%F)
+GPU_RUN := env PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m fastgpt.cli
+# $(call named,suffix): $$file is this GPU's of today.
+named = file=$(RESULTS)/$$($(GPU_PYTHON) -c \
+	"import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")-$(DATE)-$(1)
+
+gpu: gpu-parity gpu-bench
+
+gpu-build:
+	$(GPU_PYTHON) setup.py -q build_ext --inplace
+
+# Every case in every dtype: on the GPU, and by the CPU kernels on this machine's processor.
+gpu-parity: gpu-build
+	@$(call named,parity.json); status=0; \
+	timeout 330 $(GPU_RUN) verify --backend triton --full --json "$$file" || status=$$?; \
+	timeout 140 $(GPU_RUN) verify --backend cpu --full --jobs 8 --json "$$file" || status=$$?; \
+	exit $$status
+
+gpu-bench: gpu-build
+	@$(call named,bench); status=0; \
+	timeout 470 $(GPU_RUN) bench attention decode norm launch --device cuda --budget 1 --resume \
+		--json "$$file.json" || status=$$?; \
+	$(GPU_RUN) report "$$file.json" --plot "$$file.svg"; exit $$status
 
 # The parity tests on kernels built with the address and undefined behaviour sanitizers, in a package of their
 # own, with each instruction set that this machine has. A finding ends the run, with its report on stderr.

@@ -11,6 +11,7 @@ from fastgpt.ops.attention.api import attention, attention_varlen
 from fastgpt.ops.decode.api import attention_with_kvcache
 from fastgpt.ops.merge.api import merge_attention_states
 from fastgpt.ops.norm.api import layer_norm, rms_norm
+from fastgpt.ops.rotary.api import rotary_embedding
 
 if TYPE_CHECKING:
     from fastgpt.gpt.config import GPTConfig
@@ -29,6 +30,7 @@ __all__ = [
     "merge_attention_states",
     "patch",
     "rms_norm",
+    "rotary_embedding",
     "unpatch",
 ]
 

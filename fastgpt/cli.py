@@ -7,29 +7,31 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from fastgpt import dispatch
 from fastgpt.gpt.settings import CHOICES, SettingError, Settings
 
 if TYPE_CHECKING:
-    from fastgpt.bench.harness import Row
+    from fastgpt.bench import report
 
-BENCHES = ("attention", "decode", "norm", "model")
+BENCHES = ("attention", "decode", "norm", "model", "launch")
 DTYPES = ("fp32", "bf16", "fp16")
 BUDGET = 2.0  # seconds of samples per row
 QUICK_BUDGET = 0.2
 CEILINGS_BUDGET = 2.0
 
-# True of this version as a whole; what is missing on this machine is asked of dispatch.
-HARDWARE = (
-    "This version has no Triton and no CUDA kernels yet: CUDA tensors are served by torch. "
-    "Nothing of fastgpt has been proven on GPU hardware."
-)
-
 
 class CommandError(Exception):
     """The command cannot be carried out as asked; the message is for the user."""
+
+
+class HasLabel(Protocol):
+    @property
+    def label(self) -> str: ...
+
+
+Labelled = TypeVar("Labelled", bound=HasLabel)
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +64,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
     return int(text)
+
+
+def _ops(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in dispatch.OPS:
+            raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {','.join(dispatch.OPS)}")
+    return names
 
 
 def _number(text: str) -> float:
@@ -154,12 +164,31 @@ def parser() -> Parser:
         metavar="SECONDS",
         help=f"of samples per row, default {BUDGET:g}; 'quick': {QUICK_BUDGET:g}, small workloads only",
     )
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the report, after every row")
+    bench.add_argument(
+        "--resume", action="store_true", help="take what FILE has of this device and these versions as done"
+    )
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
 
     report = command("report", _report, "Show a report that `bench --json` has written.")
     report.add_argument("file", type=Path, metavar="FILE")
     report.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
+
+    verify = command("verify", _verify, "Prove parity on this device: then `auto` takes its GPU kernels.")
+    verify.add_argument("--op", type=_ops, default=dispatch.OPS, metavar="LIST", help="default: every op")
+    verify.add_argument(
+        "--backend", choices=("cpu", *dispatch.GPU_KERNELS), help="default: every one for GPUs that is here"
+    )
+    verify.add_argument("--full", action="store_true", help="every case in every dtype")
+    verify.add_argument(
+        "--jobs",
+        type=_count,
+        metavar="N",
+        help="processes; default: half of the cores, at most 8; on the CPU 1",
+    )
+    verify.add_argument(
+        "--json", type=Path, metavar="FILE", help="write each verdict, and go on where FILE has left off"
+    )
 
     command("backends", _backends, "What can run here, per op and backend, and why the rest cannot.")
     command("env", _env, "Describe this machine, for bug reports.")
@@ -223,7 +252,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _progress(rows: list[Row]) -> Iterator[Row]:
+def _progress(rows: Iterable[Labelled], total: int) -> Iterator[Labelled]:
     """The rows, with a bar on a terminal that has tqdm, else a line for each."""
     try:
         from tqdm import tqdm
@@ -231,16 +260,31 @@ def _progress(rows: list[Row]) -> Iterator[Row]:
         tqdm = None
     if tqdm is None or not sys.stderr.isatty():
         for number, row in enumerate(rows, 1):
-            _say(f"[{number}/{len(rows)}] {row.label}")
+            _say(f"[{number}/{total}] {row.label}")
             yield row
         return
-    with tqdm(rows, unit="row", leave=False) as bar:
+    with tqdm(rows, total=total, unit="row", leave=False) as bar:
         for row in bar:
             bar.set_description(row.label)
             yield row
 
 
+VERSIONS = ("cpu", "gpu", "torch", "triton", "fastgpt", "commit")  # what a run that is resumed has to share
+
+
+def _begun(args: argparse.Namespace, backend: str, facts: dict[str, str | int]) -> report.Report | None:
+    """The report that is to be gone on with."""
+    if not args.resume or not (args.json and args.json.exists()):
+        return None
+    begun = _loaded(args.json)
+    of = [(args.device, backend), (begun.device, begun.backend)]
+    if of[0] != of[1] or any(facts.get(name) != begun.machine.get(name) for name in VERSIONS):
+        raise CommandError(f"--resume: {args.json} is of another device, backend or version")
+    return begun
+
+
 def _bench(args: argparse.Namespace) -> int:
+    import dataclasses
     import datetime
 
     import torch
@@ -250,51 +294,131 @@ def _bench(args: argparse.Namespace) -> int:
     _check_output(args.json, "--json")
     _check_plot(args.plot)
     _check_device(args.device)
+    if args.device == "cpu" and "launch" in args.bench:
+        raise CommandError("launch: measures how kernels are launched on a GPU: --device cuda")
     backend = args.backend or _default_backend(args.device)
     budget = QUICK_BUDGET if args.budget is None else args.budget
-    rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, quick=args.budget is None)
-    seed = torch.seed()
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, args.budget is None, args.device)
     facts = {**machine.describe(), "freed memory": machine.keep_freed_memory()}
-    _say("measuring this machine's own rates")
-    ceilings = machine.ceilings(args.device, min(budget, CEILINGS_BUDGET))
-    results = tuple(
-        harness.run(
+    done = _begun(args, backend, facts)
+    if done is None:
+        seed = torch.seed()
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        _say("measuring this machine's own rates")
+        ceilings = machine.ceilings(args.device, min(budget, CEILINGS_BUDGET))
+        done = report.Report(date, args.device, backend, budget, seed, facts, ceilings, ())
+    results = [result for result in done.results if result.status != "failed"]
+    had = {result.key for result in results}
+    rows = [row for row in rows if row.key not in had]
+    for row in _progress(rows, len(rows)):
+        result = harness.run(
             row,
             device=args.device,
             backend=backend,
             budget=budget,
-            ceilings=ceilings,
+            ceilings=done.ceilings,
             free_memory=machine.free_memory(args.device),
         )
-        for row in _progress(rows)
-    )
-    done = report.Report(date, args.device, backend, budget, seed, facts, ceilings, results)
+        results.append(result)
+        done = dataclasses.replace(done, results=tuple(results))
+        if args.json:
+            report.save(done, args.json)
     print(report.table(done))
-    if args.json:
-        report.save(done, args.json)
     if args.plot and done.timed():
         report.plot(done, args.plot)
-    failed = sum(result.status == "failed" for result in results)
+    failed = sum(result.status == "failed" for result in done.results)
     if failed:
-        _say(f"fastgpt bench: {failed} of {len(results)} rows failed")
+        _say(f"fastgpt bench: {failed} of {len(done.results)} rows failed")
     elif not done.timed():
         _say("fastgpt bench: nothing could be measured")
     return 1 if failed or not done.timed() else 0
+
+
+def _verified_backends(asked: str | None) -> list[str]:
+    reasons = {name: dispatch.unavailable(name) for name in ([asked] if asked else dispatch.GPU_KERNELS)}
+    if here := [name for name, reason in reasons.items() if reason is None]:
+        return here
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise CommandError(f"no kernels to verify here ({why})")
+
+
+def _gpu_jobs() -> int:
+    """Half of the cores, at most 8, and 4 GiB of the GPU's memory for each."""
+    import os
+
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(8, (os.cpu_count() or 1) // 2, memory >> 32))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import torch
+
+    from fastgpt import proof
+    from fastgpt.bench import machine
+    from fastgpt.verify import run
+
+    _check_output(args.json, "--json")
+    kept: list[run.Verdict] = []
+    facts: dict[str, Any] = {"date": run.now(), "machine": machine.describe(), "identity": {}}
+    if args.json and args.json.exists():
+        try:
+            kept, facts = run.load(args.json)
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"--json: {error}") from error
+    verdicts = {verdict.key: verdict for verdict in kept}
+    for backend in _verified_backends(args.backend):
+        gpu = backend in dispatch.GPU_KERNELS and torch.cuda.is_available()
+        identity = proof.identity(backend) if gpu else None
+        if facts["identity"].setdefault(backend, identity) != identity:
+            raise CommandError(f"--json: {args.json} is of another device or another version")
+        ops = [op for op in args.op if _written(op, backend)]
+        # Medium sizes take hours in Triton's interpreter, and most of a minute on a CPU.
+        checks = run.table(ops, args.full, medium=gpu or backend == "cpu")
+        wanted = {run.key(check, backend): check for check in checks}
+        todo = [
+            check for key, check in wanted.items() if key not in verdicts or verdicts[key].status == "failed"
+        ]
+        jobs = args.jobs or (_gpu_jobs() if gpu else 1)
+        for verdict in _progress(run.run(todo, backend, "cuda" if gpu else "cpu", jobs), len(todo)):
+            verdicts[verdict.key] = verdict
+            if verdict.status == "failed":
+                _say(f"{' '.join(verdict.key)} (seed {verdict.seed}): {verdict.reason}")
+            if args.json:
+                run.save(args.json, verdicts.values(), facts)
+        own = [verdicts[key] for key in wanted]
+        print(f"{backend} on {torch.cuda.get_device_name() if gpu else 'the CPU'}")
+        print(_columns(run.summary(own)))
+        if identity is not None:
+            passed = run.passed(own)
+            file = proof.save(identity, sorted({*proof.load(identity), *passed} - ({*ops} - {*passed})))
+            print(f"on record for `auto`: {', '.join(proof.load(identity)) or 'nothing'} ({file})")
+    failed = sum(verdict.status == "failed" for verdict in verdicts.values())
+    if failed:
+        _say(f"fastgpt verify: {failed} checks failed")
+    return 1 if failed or not verdicts else 0
+
+
+def _loaded(path: Path) -> report.Report:
+    from fastgpt.bench import report
+
+    try:
+        loaded = report.load(path)
+        report.table(loaded)
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"{path} is not a report of `fastgpt bench --json`: {error}") from error
+    return loaded
 
 
 def _report(args: argparse.Namespace) -> int:
     from fastgpt.bench import report
 
     _check_plot(args.plot)
-    try:
-        loaded = report.load(args.file)
-        table = report.table(loaded)
-    except OSError as error:
-        raise CommandError(f"{args.file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"{args.file} is not a report of `fastgpt bench --json`: {error}") from error
-    print(table)
+    loaded = _loaded(args.file)
+    print(report.table(loaded))
     if args.plot:
         if not loaded.timed():
             raise CommandError(f"{args.file} has no timings to draw")
@@ -321,7 +445,20 @@ def _written(op: str, backend: str) -> bool:
     return not hasattr(implementation, "WHY_NOT")  # one that only says why
 
 
+def _hardware() -> str:
+    """What is true of this version, on whatever machine."""
+    if not dispatch.PROVEN:
+        return (
+            "no GPU kernel of this version has run on hardware: `auto` takes them on a device once "
+            "`fastgpt verify` has passed there, and torch until then"
+        )
+    shown = ", ".join(f"{op} by {backend} on {chip}" for backend, op, chip in dispatch.PROVEN)
+    return f"parity on hardware is on record of: {shown}"
+
+
 def _backends(args: argparse.Namespace) -> int:
+    import torch
+
     from fastgpt.bench import machine
 
     reasons = {backend: dispatch.unavailable(backend) for backend in dispatch.BACKENDS}
@@ -329,7 +466,13 @@ def _backends(args: argparse.Namespace) -> int:
     def state(op: str, backend: str) -> str:
         if reasons[backend] is not None:
             return "no"
-        return "yes" if _written(op, backend) else "not written"
+        if not _written(op, backend):
+            return "not written"
+        if backend not in dispatch.GPU_KERNELS:
+            return "yes"
+        if not torch.cuda.is_available():
+            return "interpreted"
+        return "yes" if dispatch.proven(backend, op) else "unproven"
 
     print(
         _columns(
@@ -343,7 +486,7 @@ def _backends(args: argparse.Namespace) -> int:
     print(f"cpu instruction set: {machine.isa()}")
     for device, order in dispatch.AUTO_ORDER.items():
         print(f"auto on {device} tensors: {', '.join(order)}")
-    print(HARDWARE)
+    print(_hardware())
     return 0
 
 

@@ -22,11 +22,17 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-OPS = ("attention", "decode", "merge", "norm")
+from fastgpt import proof
+
+OPS = ("attention", "decode", "merge", "norm", "rotary")
 AUTO_ORDER = {
     "cpu": ("cpu", "torch", "reference"),
     "cuda": ("cuda", "triton", "torch", "reference"),
 }
+# `auto` takes these where their parity is on record: by (backend, op, architecture), the file in
+# benchmarks/results/ that shows it; else by what `fastgpt verify` has left on the user's own device.
+GPU_KERNELS = ("triton", "cuda")
+PROVEN: dict[tuple[str, str, str], str] = {}
 LARGE_REFERENCE = 1 << 26  # elements of the matrix that `reference` materialises
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -118,6 +124,13 @@ def implementation(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"fastgpt.ops.{op}.{backend}")
 
 
+@functools.cache
+def proven(backend: str, op: str) -> bool:
+    """Whether the parity of GPU kernels is on record for the current device."""
+    chip = proof.architecture()
+    return bool(chip) and ((backend, op, chip) in PROVEN or op in proof.load(proof.identity(backend)))
+
+
 def _reasons(call: Call, backend: str) -> list[str]:
     reason = unavailable(backend)
     return [reason] if reason else implementation(call.op, backend).unsupported(call)
@@ -160,7 +173,15 @@ def resolve(call: Call, name: str) -> str:
     for candidate in AUTO_ORDER.get(call.device, ("torch", "reference")):
         refused[candidate] = _reasons(call, candidate)
         if not refused[candidate]:
-            return candidate
+            if candidate not in GPU_KERNELS or proven(candidate, call.op):
+                return candidate
+            chip = proof.architecture()
+            refused[candidate] = [f"its parity on {chip} is not on record"]
+            _say_once(
+                logging.WARNING,
+                f"fastgpt: `auto` passes over {candidate} kernels whose parity on this {chip} is not on "
+                f"record: run `fastgpt verify` once, or ask for backend={candidate!r}",
+            )
         if any("FASTGPT_CPU_ISA" in reason for reason in refused[candidate]):
             raise BackendUnsupported("; ".join(refused[candidate]))  # asked for, so not passed over
         _say_once(logging.DEBUG, f"{call.op}: {candidate} passed over: {'; '.join(refused[candidate])}")

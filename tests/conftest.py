@@ -8,10 +8,12 @@ import torch
 from backends import AVAILABLE, poison_scratch
 from hypothesis import settings
 
-# How many random cases each test of tests/test_random.py draws; --hypothesis-profile=nightly chooses more.
+# How many random cases each test of tests/test_random.py draws, few where each takes Triton's interpreter
+# seconds; --hypothesis-profile=nightly chooses more.
 settings.register_profile("test", max_examples=25, deadline=None)
 settings.register_profile("nightly", max_examples=600, deadline=None)
-settings.load_profile("test")
+settings.register_profile("interpreter", max_examples=3, deadline=None)
+settings.load_profile("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "test")
 
 
 def quicken_interpreter() -> None:

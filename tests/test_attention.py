@@ -9,69 +9,13 @@ import threading
 import pytest
 import torch
 from backends import AVAILABLE, DTYPES, assert_parity, factor_of
-from cases import ATTENTION, VARIANTS, AttentionCase, Variant
+from cases import ATTENTION, VARIANTS, AttentionCase
 
 import fastgpt
 from fastgpt import dispatch
 from fastgpt.ops.attention import library, reference
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
-
-
-def plain_attention(
-    q,
-    k,
-    v,
-    causal,
-    window,
-    scale=None,
-    softcap=0.0,
-    slopes=None,
-    bias=None,
-    sink=None,
-    keep=None,
-    dropout_p=0.0,
-):
-    """Attention as anyone would write it in PyTorch, every step in q's dtype; (out, lse)."""
-    (batch, sq, nheads, headdim), (_, sk, nheads_k, _) = q.shape, k.shape
-    k, v = (t.repeat_interleave(nheads // nheads_k, dim=2) for t in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (headdim**-0.5 if scale is None else scale)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if slopes is not None:
-        # Token i of q is token i + sk - sq of the keys' sequence; the penalty grows with the distance.
-        distance = torch.tensor([abs(i + sk - sq - j) for i in range(sq) for j in range(sk)]).view(sq, sk)
-        scores = scores - slopes.to(q).expand(batch, nheads)[..., None, None] * distance.to(q)
-    if bias is not None:
-        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.to(q)
-    i, j = torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)[None, :]
-    left, right = window
-    hidden = torch.zeros(sq, sk, dtype=torch.bool)
-    if left >= 0:
-        hidden |= j < i - left
-    if causal or right >= 0:
-        hidden |= j > i + (0 if causal else right)
-    scores = scores.masked_fill(hidden, -torch.inf)
-    if sink is not None:  # one more column, without a value
-        scores = torch.cat([scores, sink.to(q)[None, :, None, None].expand(batch, -1, sq, 1)], dim=-1)
-    # Rows that see no key are taken out first: the gradients of their softmax and logsumexp would be NaN.
-    empty = (scores == -torch.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(empty, 0)
-    probs = torch.softmax(scores, dim=-1).masked_fill(empty, 0)[..., :sk]
-    if keep is not None:
-        probs = probs * keep / (1 - dropout_p)
-    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -torch.inf)
-    return torch.einsum("bhij,bjhd->bihd", probs, v), lse
-
-
-def run(attention, inputs, dtype, grads=None):
-    """(out, lse, dq, dk, dv) of `attention` on the inputs in `dtype`; lse takes a gradient where finite."""
-    leaves = [t.detach().to(dtype).requires_grad_(grads is not None) for t in inputs]
-    out, lse = attention(*leaves)
-    if grads is None:
-        return out, lse
-    dout, dlse = grads
-    torch.autograd.backward([out, lse], [dout.to(out.dtype), dlse.masked_fill(lse.isinf(), 0).to(lse.dtype)])
-    return out.detach(), lse.detach(), *(t.grad for t in leaves)
+from fastgpt.verify.attention import plain_attention, run, variant_results
 
 
 def supports(backend, case, dtype, lse, backward):
@@ -125,136 +69,6 @@ def check_backward(case: AttentionCase, backend, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_backward_parity(case: AttentionCase, backend, dtype):
     check_backward(case, backend, dtype)
-
-
-def variant_tensors(variant: Variant, dtype: torch.dtype):
-    """q, k, v, sink, bias and the fixed arguments of a call; None for what the variant has not."""
-    case = variant.case
-    q, k, v = case.inputs(dtype)
-    if variant.lengths_q is not None:
-        q, k, v = q[0], k[0], v[0]
-    sink = torch.randn(case.nheads) if variant.sink else None
-    # In q's dtype or, for 16 bit, as often in float32.
-    bias_dtype = dtype if torch.rand(()) < 0.5 else torch.float32
-    bias = None if variant.bias is None else torch.randn(variant.bias).to(bias_dtype)
-    if variant.mask:
-        bias = torch.rand(variant.bias) < variant.mask
-    if bias is not None and torch.rand(()) < 0.5:
-        # Rows further apart than they are long, with what must not be read between them.
-        apart = torch.full((*variant.bias[:3], variant.bias[3] + 3), torch.nan).to(bias.dtype)
-        apart[..., :-3] = bias
-        bias = apart[..., :-3]
-
-    def lengths(values, edges=False):
-        if values is None:
-            return None
-        values = torch.tensor(values)
-        return (torch.cat((torch.zeros(1), values.cumsum(0))) if edges else values).int()
-
-    fixed = {
-        "softcap": variant.softcap,
-        "alibi_slopes": None if variant.slopes is None else torch.rand(variant.slopes),
-        "dropout_p": variant.dropout_p,
-        "rng_state": torch.randint(2**50, (2,)) if variant.dropout_p else None,
-        "seqused_k": lengths(variant.seqused_k),
-        "leftpad_k": lengths(variant.leftpad_k),
-        "causal": case.causal,
-        "window_size": case.window,
-        "return_lse": True,
-    }
-    if variant.lengths_q is not None:
-        fixed["cu_seqlens_q"] = lengths(variant.lengths_q, edges=True)
-        fixed["cu_seqlens_k"] = lengths(variant.lengths_k, edges=True)
-    return (q, k, v, sink, bias), fixed
-
-
-def fused_variant(q, k, v, sink, bias, **fixed):
-    if "cu_seqlens_q" in fixed:
-        return fastgpt.attention_varlen(q, k, v, sink=sink, **fixed)
-    return fastgpt.attention(q, k, v, sink=sink, attn_bias=bias, **fixed)
-
-
-def plain_variant(variant: Variant, q, k, v, sink, bias, fixed):
-    """:func:`plain_attention`, sequence by sequence."""
-    case, packed = variant.case, variant.lengths_q is not None
-    batch = len(variant.lengths_q) if packed else case.batch
-    queries = variant.lengths_q or (case.sq,) * batch
-    keys = variant.lengths_k or (case.sk,) * batch
-    outs, lses = [], []
-    for b in range(batch):
-        of_q, rows = sum(queries[:b]), sum(keys[:b])
-        pad = 0 if variant.leftpad_k is None else variant.leftpad_k[b]
-        used = keys[b] if variant.seqused_k is None else variant.seqused_k[b]
-        if packed:
-            qb = q[None, of_q : of_q + queries[b]]
-            kb, vb = (t[None, rows + pad : rows + used] for t in (k, v))
-        else:
-            qb, kb, vb = q[b : b + 1], k[b : b + 1, pad:used], v[b : b + 1, pad:used]
-        slopes, own = fixed["alibi_slopes"], bias
-        if slopes is not None and slopes.dim() == 2:
-            slopes = slopes[b : b + 1]
-        if own is not None:
-            own = own if own.shape[0] == 1 else own[b : b + 1]
-            own = own if own.shape[3] == 1 else own[..., pad:used]
-        keep = None
-        if variant.dropout_p:
-            shape = (1, case.nheads, qb.shape[1], kb.shape[1])
-            keep = reference.philox_keep(fixed["rng_state"], variant.dropout_p, shape, first_batch=b)
-        out, lse = plain_attention(
-            qb,
-            kb,
-            vb,
-            case.causal,
-            case.window,
-            softcap=variant.softcap,
-            slopes=slopes,
-            bias=own,
-            sink=sink,
-            keep=keep,
-            dropout_p=variant.dropout_p,
-        )
-        outs.append(out)
-        lses.append(lse)
-    if packed:
-        return torch.cat(outs, 1)[0], torch.cat(lses, 2)[0]
-    return torch.cat(outs), torch.cat(lses)
-
-
-def run_variant(attention, tensors, dtype, grads):
-    """(out, lse, gradients of q, k, v, sink, bias); sink and bias keep their dtype but for float64."""
-    leaves = []
-    for i, t in enumerate(tensors):
-        if t is not None and t.is_floating_point():
-            t = t.detach().to(dtype if i < 3 or dtype == torch.float64 else t.dtype).requires_grad_()
-        leaves.append(t)
-    out, lse = attention(*leaves)
-    dout, dlse = grads
-    torch.autograd.backward([out, lse], [dout.to(out.dtype), dlse.masked_fill(lse.isinf(), 0).to(lse.dtype)])
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
-    return out.detach(), lse.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in wanted)
-
-
-def variant_results(variant: Variant, backend, dtype, by_reference=False):
-    """(what, got, plain, exact) of out, lse and every gradient. With ``by_reference``, that is what plain and
-    exact are from, and backward's error has the rounding of the out that it takes in both."""
-    inputs, fixed = variant_tensors(variant, dtype)
-    q, v = inputs[0], inputs[2]
-    dout = variant.case.laid_out(torch.randn(variant.case.batch, *q.shape[-3:-1], v.shape[-1]).to(dtype))
-    dout = dout if q.dim() == 4 else dout[0]
-    dlse = torch.randn(*(q.shape[1::-1] if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])))
-
-    def fused(backend):
-        return lambda *tensors: fused_variant(*tensors, backend=backend, **fixed)
-
-    def plain(*tensors):
-        return plain_variant(variant, *tensors, fixed)
-
-    other = fused("reference") if by_reference else plain
-    calls = (fused(backend), dtype), (other, dtype), (other, torch.float64)
-    results = [run_variant(call, inputs, precision, (dout, dlse)) for call, precision in calls]
-    names = ["out", "lse", "dq", "dk", "dv"]
-    names += ["dsink"] * (inputs[3] is not None) + ["dbias"] * (inputs[4] is not None and not variant.mask)
-    return list(zip(names, *results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

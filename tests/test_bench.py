@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.bench import harness, report, workloads
+from fastgpt.bench import baselines, harness, report, workloads
 from fastgpt.bench.harness import FEWEST_ROUNDS, FLOOR, Case, Row, Work
 
 
@@ -310,3 +310,81 @@ def test_plot(saved, tmp_path):
     pytest.importorskip("matplotlib")
     report.plot(saved, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gpu_rows_start_with_the_heads_of_all_tables():
+    rows = workloads.plan(("attention", "norm", "launch"), None, quick=False, device="cuda")
+    assert [(row.bench, row.direction) for row in rows[:6]] == [
+        ("attention", "forward"),
+        ("attention", "backward"),
+        ("norm", "forward"),
+        ("norm", "backward"),
+        ("launch", "host"),
+        ("attention", "forward"),
+    ]
+    assert len({row.key for row in rows}) == len(rows)
+    for table in workloads.GPU_TABLES.values():
+        assert len({workload.name for workload in table}) == len(table)
+
+
+def test_ways_that_cannot_run_on_a_gpu_are_left_out(monkeypatch):
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    case = FakeWorkload().case("cpu", torch.float32, "forward", "cpu")
+    case = dataclasses.replace(case, baselines=case.baselines | {"broken": lambda: 1 / 0})
+    left = workloads._with_ways(case, "cuda")
+    assert list(left.baselines) == ["exact"]
+    assert left.refused == {"broken": "ZeroDivisionError: division by zero"}
+    assert workloads._with_ways(case, "cpu") is case
+
+
+@pytest.mark.parametrize(
+    ("work", "how"),
+    [
+        (Work(1.0, "FLOP", "sgemm"), "events, graphs but for exact"),
+        (Work(1.0, "B", "copy"), "events, cold L2, graphs but for exact"),
+        (Work(1.0, "call", None), "wall clock of the host"),
+    ],
+    ids=str,
+)
+def test_what_is_timed_on_a_gpu(work, how, monkeypatch):
+    case = FakeWorkload().case("cpu", torch.float32, "forward", "cpu")
+    case = dataclasses.replace(case, timed={"nothing": lambda: None})
+    graphs = {case.candidate: "graph of fastgpt", case.timed["nothing"]: "graph of nothing"}
+    given = {}
+    monkeypatch.setattr(harness, "graphed", graphs.get)
+    monkeypatch.setattr(harness, "cold_timer", lambda: "cold")
+    monkeypatch.setattr(harness, "measure", lambda candidates, **_: given.update(candidates) or {})
+    assert harness._measured(case, work, "cuda", 0.1) == (how, {})
+    assert list(given) == ["fastgpt", "exact", "nothing"]
+    assert given["exact"] is case.baselines["exact"]
+    assert given["fastgpt"] is (case.candidate if work.unit == "call" else "graph of fastgpt")
+
+
+def test_16_bit_products_are_held_to_their_own_rate():
+    rates = {"sgemm": 1e9, "bf16 gemm": 2e9, "copy": 3e9}
+    assert harness._ceiling(Work(1.0, "FLOP", "sgemm"), "bf16", rates) == "bf16 gemm"
+    assert harness._ceiling(Work(1.0, "FLOP", "sgemm"), "fp32", rates) == "sgemm"
+    assert harness._ceiling(Work(1.0, "B", "copy"), "bf16", rates) == "copy"
+    assert harness._ceiling(Work(1.0, "call", None), "bf16", rates) is None
+
+
+@pytest.mark.parametrize("window", [-1, 20])
+def test_torchs_other_ways_compute_the_same(window, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    q, k, v = (torch.randn(2, 70, heads, 16) for heads in (4, 2, 2))
+    expected = fastgpt.attention(q, k, v, window_size=(window, -1), backend="reference")
+    with torch.no_grad():
+        torch.testing.assert_close(baselines.flex_attention(70, window, "cpu")(q, k, v), expected)
+        if window < 0:
+            torch.testing.assert_close(baselines.compiled_attention(q, k, v), expected)
+            by_math = baselines.forced(lambda *tensors: baselines.attention(*tensors, None), "MATH")
+            torch.testing.assert_close(by_math(q, k, v), expected)
+            last = q[:, -1:], k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+            torch.testing.assert_close(baselines.flex_decode()(*last), expected[:, -1:])
+
+
+def test_a_launch_is_verified_and_timed_beside_an_empty_one(monkeypatch):
+    monkeypatch.setattr(baselines, "empty_launch", lambda: "an empty launch")
+    for workload in workloads.GPU_TABLES["launch"]:
+        case = workload.case("cpu", torch.float32, "host", "reference")
+        assert harness.verify(case) and case.timed == {"an empty Triton launch": "an empty launch"}

@@ -32,6 +32,8 @@ def failure(capsys, *argv):
         (["bench", "matmul"], "'matmul'"),
         (["bench", "norm", "--dtype", "fp32,fp8"], "'fp8'"),
         (["bench", "norm", "--backend", "auto"], "'auto'"),
+        (["bench", "launch"], "--device cuda"),
+        (["verify", "--op", "matmul"], "'matmul'"),
         (["bench", "norm", "--budget", "0"], "seconds above 0, or quick"),
         (["bench", "norm", "--budget", "nan"], "seconds above 0, or quick"),
         (["bench", "norm", "--json", "nowhere/at/all.json"], "--json: nowhere/at/all.json cannot be written"),
@@ -93,6 +95,41 @@ def test_failed_verification_exits_with_1_and_is_in_the_json(capsys, tmp_path, f
     out, err = capsys.readouterr()
     assert "failed: out: off by 1" in out and "1 of 2 rows failed" in err
     assert [result.status for result in report.load(tmp_path / "out.json").results] == ["ok", "failed"]
+
+
+def test_a_run_is_resumed_where_it_was(capsys, tmp_path, fake_table, monkeypatch):
+    path = tmp_path / "out.json"
+    first, second = FakeWorkload(), FakeWorkload(error=1.0)
+    second.name = "wrong"
+    fake_table(first, second)
+    argv = [*ARGS, "--json", str(path)]
+    assert cli.main([*argv, "--resume"]) == 1  # there is nothing yet
+    begun = report.load(path)
+    second.error = 0.0
+    first.calls.clear()
+    monkeypatch.setattr(machine, "ceilings", lambda *_: pytest.fail("measured again"))
+    assert cli.main([*argv, "--resume"]) == 0
+    done = report.load(path)
+    assert not first.calls and [result.status for result in done.results] == ["ok", "ok"]
+    assert done.results[0] == begun.results[0] and done.date == begun.date
+    monkeypatch.setattr(machine, "describe", lambda: {**begun.machine, "torch": "another"})
+    capsys.readouterr()
+    assert "is of another device, backend or version" in failure(capsys, *argv, "--resume")
+
+
+def test_a_report_is_written_after_every_row(tmp_path, fake_table, monkeypatch):
+    path = tmp_path / "out.json"
+    second = FakeWorkload()
+    second.name = "interrupted"
+
+    def interrupted(*_):
+        assert [result.status for result in report.load(path).results] == ["ok"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(second, "case", interrupted, raising=False)
+    fake_table(FakeWorkload(), second)
+    assert cli.main([*ARGS, "--json", str(path)]) == 130
+    assert len(report.load(path).results) == 1
 
 
 def test_a_row_that_cannot_be_run_does_not_end_the_run(capsys, fake_table, monkeypatch):
@@ -199,12 +236,30 @@ def test_backends(capsys):
     assert "auto on cpu tensors: cpu, torch, reference" in lines
 
 
-def test_backends_says_what_is_true_of_the_gpu_kernels(capsys):
-    """Fails once there are any: then cli.HARDWARE has to say which of them have run on hardware."""
+def test_backends_says_what_has_run_on_hardware(capsys, monkeypatch):
     assert cli.main(["backends"]) == 0
-    assert cli.HARDWARE in capsys.readouterr().out
-    unwritten = dispatch.BACKENDS["triton"], dispatch.BACKENDS["cuda"]
-    assert {probe() for probe in unwritten} == {"this version of fastgpt has no kernels for it"}
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(
+        "parity" if dispatch.PROVEN else "no GPU kernel of this version has run on hardware"
+    )
+    monkeypatch.setattr(dispatch, "PROVEN", {("triton", "norm", "sm_90"): "h200.json"})
+    assert cli.main(["backends"]) == 0
+    assert capsys.readouterr().out.endswith("on record of: norm by triton on sm_90\n")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "proven", "state"), [(0, 0, "interpreted"), (1, 0, "unproven"), (1, 1, "yes")]
+)
+def test_backends_says_what_auto_would_take(capsys, monkeypatch, gpu, proven, state):
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None if backend == "triton" else "gone")
+    monkeypatch.setattr(dispatch, "proven", lambda backend, op: bool(proven))
+    monkeypatch.setattr(cli, "_written", lambda op, backend: op != "merge")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(gpu))
+    assert cli.main(["backends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    column = lines[0].index("triton")
+    states = {line.split()[0]: line[column:].split("  ")[0] for line in lines[1:5]}
+    assert states == {"attention": state, "decode": state, "merge": "not written", "norm": state}
 
 
 def test_env(capsys):
@@ -242,6 +297,6 @@ def test_the_help_imports_no_more_than_fastgpt_does():
 
 
 def test_the_choices_are_the_tables():
-    assert set(cli.BENCHES) == set(workloads.TABLES)
-    assert set(workloads.TABLES) == set(workloads.DEFAULT_DTYPES) == set(workloads.QUICK)
+    assert set(cli.BENCHES) == set(workloads.GPU_TABLES) == set(workloads.QUICK) == set(workloads.GPU_DTYPES)
+    assert set(workloads.TABLES) == set(workloads.DEFAULT_DTYPES) == set(cli.BENCHES) - {"launch"}
     assert set(cli.DTYPES) == set(harness.DTYPES)

@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from backends import AVAILABLE, DTYPES, assert_parity
-from cases import DECODE, DECODE_VARIANTS, DecodeCase, DecodeVariant
-from test_attention import plain_attention
+from cases import DECODE, DECODE_VARIANTS, DecodeCase
 
 import fastgpt
 from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
+from fastgpt.verify.decode import make, options, plain, variant_results
 
 CASES = [pytest.param(case, id=str(case)) for case in DECODE]
 WITH_LSE = [name for name in AVAILABLE if name != "torch"]
 KERNELS = [name for name in WITH_LSE if name != "reference"]
-
-
-def make(case: DecodeCase, dtype, fill=torch.nan):
-    """q, k_cache, v_cache, k, v, cache_seqlens; the cache holds `fill` behind each sequence's keys."""
-    batch = len(case.lengths)
-    q = torch.randn(batch, case.sq, case.nheads, case.headdim).to(dtype)
-    caches = []
-    for dim in (case.headdim, case.headdim_v):
-        # A layer's slice of a larger cache, its heads further apart than they are wide.
-        whole = torch.full((batch, 2, case.capacity, case.nheads_k, dim + 3), fill, dtype=torch.float32)
-        for b, length in enumerate(case.lengths):
-            whole[b, 1, :length, :, :dim] = torch.randn(length, case.nheads_k, dim)
-        caches.append(whole.to(dtype)[:, 1, :, :, :dim])
-    new = [
-        torch.randn(batch, case.appended, case.nheads_k, dim).to(dtype) if case.appended else None
-        for dim in (case.headdim, case.headdim_v)
-    ]
-    return q, *caches, *new, torch.tensor(case.lengths, dtype=torch.int32)
-
-
-def plain(case: DecodeCase, dtype, q, k_cache, v_cache, k, v, lengths):
-    """Each sequence by itself, its keys concatenated, every step in `dtype`; (out, lse)."""
-    outs, lses = [], []
-    left, right = case.window
-    right = 0 if case.causal else right
-    for b, length in enumerate(lengths.tolist()):
-        keys, values = (
-            (cache[b, :length] if new is None else torch.cat([cache[b, :length], new[b]])).to(dtype)
-            for cache, new in ((k_cache, k), (v_cache, v))
-        )
-        keys, values = (t.repeat_interleave(case.nheads // case.nheads_k, dim=1) for t in (keys, values))
-        scores = torch.einsum("ihd,jhd->hij", q[b].to(dtype), keys) * case.headdim**-0.5
-        i, j = torch.arange(case.sq)[:, None] + len(keys) - case.sq, torch.arange(len(keys))[None, :]
-        hidden = torch.zeros(case.sq, len(keys), dtype=torch.bool)
-        if left >= 0:
-            hidden |= j < i - left
-        if right >= 0:
-            hidden |= j > i + right
-        scores = scores.masked_fill(hidden, -torch.inf)
-        probs = torch.softmax(scores, -1).masked_fill(hidden.all(-1)[:, None], 0)
-        outs.append(torch.einsum("hij,jhd->ihd", probs, values))
-        lses.append(torch.logsumexp(scores, dim=-1))
-    return torch.stack(outs), torch.stack(lses)
-
-
-def options(case: DecodeCase):
-    return {"causal": case.causal, "window_size": case.window, "num_splits": case.num_splits}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,187 +35,6 @@ def test_parity(case: DecodeCase, backend, dtype):
             if new is not None:
                 old[b, length : length + case.appended] = new[b]
         assert torch.equal(cache.nan_to_num(7e3), old.nan_to_num(7e3))
-
-
-class Paged:
-    """A variant's caches as they lie in memory, and each sequence's rows in them."""
-
-    def __init__(self, variant: DecodeVariant, dtype: torch.dtype) -> None:
-        case, batch = variant.case, len(variant.case.lengths)
-        self.pads = variant.leftpad or (0,) * batch
-        self.dtype = variant.cache_dtype or dtype
-        capacity, page = case.capacity, variant.page_size
-        self.table = self.index = None
-        if page:
-            pages = capacity // page
-            self.table = torch.randperm(batch * pages + 3)[: batch * pages].view(batch, pages).int()
-            leading = (batch * pages + 3, page)
-        else:
-            leading = (batch + 2 * variant.shuffled, capacity)
-        if variant.shuffled:
-            self.index = torch.randperm(batch + 2)[:batch].int()
-        self.caches, self.scales = [], []
-        for dim in (case.headdim, case.headdim_v):
-            cache = torch.full((*leading, case.nheads_k, dim), torch.nan)
-            scale = torch.ones(batch, case.nheads_k)
-            if variant.cache_dtype is not None:
-                # Some of the values drawn below lie beyond the largest that can be stored.
-                largest = 127 if variant.cache_dtype == torch.int8 else 448
-                scale = (torch.rand(*variant.descale) + 0.5) * 3.0 / largest
-            self.scales.append(scale)
-            self.caches.append((cache.nan_to_num(99) if self.dtype == torch.int8 else cache).to(self.dtype))
-        for b, length in enumerate(case.lengths):
-            for cache, dim in zip(self.caches, (case.headdim, case.headdim_v), strict=True):
-                values = torch.randn(length, case.nheads_k, dim)
-                if variant.cache_dtype is not None:
-                    values = (values * (40 if variant.cache_dtype == torch.int8 else 100)).clamp(-127, 127)
-                cache[self.places(b, length)] = values.to(self.dtype)
-        if self.table is not None:  # what is not needed must not be looked at
-            for b, length in enumerate(case.lengths):
-                used = -(-(self.pads[b] + length + case.appended) // page)
-                self.table[b, used:] = torch.tensor([-5, 10**6])[torch.arange(pages - used) % 2].int()
-
-    def places(self, b: int, length: int, first: int = 0):
-        rows = torch.arange(first, length) + self.pads[b]
-        if self.table is not None:
-            page = self.caches[0].shape[1]
-            return self.table[b].long()[rows // page], rows % page
-        return (int(self.index[b]) if self.index is not None else b), rows
-
-    def keys(self, which: int, b: int, length: int, first: int = 0):
-        """A sequence's keys (0) or values (1), dequantized, in float64."""
-        scale = self.scales[which].double()
-        scale = scale if scale.dim() == 1 else scale[b]
-        return self.caches[which][self.places(b, length, first)].double() * scale[:, None]
-
-
-def rotated(x, positions, turns, variant: DecodeVariant):
-    """x (seqlen, heads, dim) with its pairs turned by complex multiplication."""
-    half = variant.rotary_dim // 2
-    if not half:
-        return x
-    turned = x.double().clone()
-    first, second = (
-        (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        if variant.interleaved
-        else (slice(0, half), slice(half, 2 * half))
-    )
-    z = torch.complex(turned[..., first], turned[..., second])
-    z = z * turns[positions][:, None]
-    turned[..., first], turned[..., second] = z.real, z.imag
-    return turned.to(x.dtype)
-
-
-def draw_untied(shape, dtype, turn):
-    """Normal numbers that fp32 arithmetic and float64 round alike after ``turn``: but for small ones, none is
-    then near to the middle of two numbers of dtype."""
-    x = torch.randn(shape).to(dtype)
-    while dtype != torch.float32:
-        exact = turn(x.double())
-        margin = 2.0**-21 * x.double().abs().amax(-1, keepdim=True)
-        tied = ((exact - margin).to(dtype) != (exact + margin).to(dtype)) & (exact.abs() > 2.0**-5)
-        rows = tied.any(-1)
-        if not rows.any():
-            break
-        x[rows] = torch.randn(int(rows.sum()), shape[-1]).to(dtype)
-    return x
-
-
-def variant_results(variant: DecodeVariant, backend, dtype, by_reference=False):
-    """(what, got, plain, exact) of out and lse, after a look at the cache. Plain and exact, ``by_reference``
-    that of attention, read the keys as they then lie in the cache."""
-    case, batch, new = variant.case, len(variant.case.lengths), variant.case.appended
-    cache = Paged(variant, dtype)
-    before = [c.clone() for c in cache.caches]
-    k, v = (
-        torch.randn(batch, new, case.nheads_k, dim).to(dtype) if new else None
-        for dim in (case.headdim, case.headdim_v)
-    )
-    slopes = None if variant.slopes is None else torch.rand(variant.slopes)
-    sink = torch.randn(case.nheads) if variant.sink else None
-    angles = 3 * torch.rand(case.capacity + case.sq, variant.rotary_dim // 2, dtype=torch.float64)
-    tables = dtype if dtype != torch.float32 and variant.interleaved else torch.float32
-    cos, sin = angles.cos().to(tables), angles.sin().to(tables)
-    angles = torch.complex(cos.double(), sin.double())  # rounded as the tables are
-    steps = torch.arange(case.sq) if case.causal or max(case.window) >= 0 else torch.zeros(case.sq).long()
-
-    def turned(b, x):
-        return rotated(x, cache.pads[b] + case.lengths[b] + steps, angles, variant)
-
-    rows = (case.sq, case.nheads, case.headdim)
-    q = torch.stack([draw_untied(rows, dtype, functools.partial(turned, b)) for b in range(batch)])
-    out, lse = fastgpt.attention_with_kvcache(
-        q,
-        *cache.caches,
-        k,
-        v,
-        cache_seqlens=torch.tensor([p + n for p, n in zip(cache.pads, case.lengths, strict=True)]).int(),
-        softcap=variant.softcap,
-        alibi_slopes=slopes,
-        sink=sink,
-        rotary_cos=cos if variant.rotary_dim else None,
-        rotary_sin=sin if variant.rotary_dim else None,
-        rotary_interleaved=variant.interleaved,
-        cache_batch_idx=cache.index,
-        cache_leftpad=None if variant.leftpad is None else torch.tensor(variant.leftpad).int(),
-        block_table=cache.table,
-        k_descale=cache.scales[0] if variant.cache_dtype else None,
-        v_descale=cache.scales[1] if variant.cache_dtype else None,
-        return_lse=True,
-        backend=backend,
-        **options(case),
-    )
-
-    # The cache: the new keys in their places, nothing else touched.
-    for which, fresh in enumerate((k, v)):
-        for b, length in enumerate(case.lengths):
-            if fresh is None:
-                continue
-            places = cache.places(b, length + new, length)
-            wanted = fresh[b]
-            if which == 0:
-                wanted = rotated(wanted, cache.pads[b] + length + torch.arange(new), angles, variant)
-            got = cache.keys(which, b, length + new, length)
-            if variant.cache_dtype is None:
-                tolerance = {"rtol": 0, "atol": 0} if not variant.rotary_dim or which else {}
-                torch.testing.assert_close(got.to(dtype), wanted, **tolerance)
-            else:
-                scale = cache.scales[which].double()
-                scale = (scale if scale.dim() == 1 else scale[b])[:, None]
-                limit = 127 if variant.cache_dtype == torch.int8 else 448
-                wanted = wanted.double().clamp(-limit * scale, limit * scale)
-                # Half a step: of 1, or of 1/8 of the power of two below (subnormal: 2^−9).
-                step = torch.ones_like(wanted)
-                if variant.cache_dtype != torch.int8:
-                    step = torch.exp2((wanted / scale).abs().log2().floor().clamp(min=-6)) / 8
-                assert ((got - wanted).abs() <= scale * step * 0.5 + 1e-2 * step * scale + 1e-6).all()
-            before[which][places] = cache.caches[which][places]
-        raw = torch.uint8 if variant.cache_dtype else torch.int32 if dtype == torch.float32 else torch.int16
-        assert torch.equal(cache.caches[which].view(raw), before[which].view(raw))
-
-    def sequences(attention, precision):
-        outs, lses = [], []
-        for b, length in enumerate(case.lengths):
-            keys, values = (cache.keys(which, b, length + new).to(precision) for which in (0, 1))
-            of_batch = slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1]
-            query = turned(b, q[b]).to(precision)
-            out, lse = attention(query[None], keys[None], values[None], of_batch)
-            outs.append(out)
-            lses.append(lse)
-        return torch.cat(outs), torch.cat(lses)
-
-    def plain(q, k, v, slopes):
-        terms = {"softcap": variant.softcap, "slopes": slopes, "sink": sink}
-        return plain_attention(q, k, v, case.causal, case.window, **terms)
-
-    def reference(q, k, v, slopes):
-        terms = {"softcap": variant.softcap, "alibi_slopes": slopes, "sink": sink, "return_lse": True}
-        window = {"causal": case.causal, "window_size": case.window}
-        return fastgpt.attention(q, k, v, **window, **terms, backend="reference")
-
-    other = reference if by_reference else plain
-    rough, exact = sequences(other, dtype), sequences(other, torch.float64)
-    return [("out", out, rough[0], exact[0]), ("lse", lse, rough[1], exact[1])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,7 @@ import logging
 import platform
 import re
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from backends import AVAILABLE, REQUIRED
 from test_structure import PACKAGE, python
 
 import fastgpt
-from fastgpt import dispatch
+from fastgpt import dispatch, proof
 from fastgpt.ops import checks
 from fastgpt.ops.attention.spec import AttentionCall
 from fastgpt.ops.native import refusals
@@ -49,7 +50,7 @@ def test_every_reason_is_given():
         text = str(error.value)
         assert "attention(float64 on cpu, headdim 300/8, softcap, sink, backward)" in text
         assert text.count("\n  - ") == 2
-    assert reasons["triton"] == ["this version of fastgpt has no kernels for it"]
+    assert reasons["cuda"] == ["this version of fastgpt has no kernels for it"]
 
 
 def test_a_feature_is_unsupported_until_a_backend_lists_it():
@@ -59,15 +60,15 @@ def test_a_feature_is_unsupported_until_a_backend_lists_it():
 
 
 def test_a_named_backend_never_falls_back():
-    with pytest.raises(fastgpt.BackendUnsupported, match="'triton' cannot serve"):
-        fastgpt.attention(Q, Q, Q, backend="triton")
+    with pytest.raises(fastgpt.BackendUnsupported, match="'cuda' cannot serve"):
+        fastgpt.attention(Q, Q, Q, backend="cuda")
     with pytest.raises(fastgpt.BackendUnsupported, match="does not return lse"):
         fastgpt.attention(Q, Q, Q, backend="torch", return_lse=True)
 
 
 def test_the_argument_goes_before_the_environment(monkeypatch):
-    monkeypatch.setenv("FASTGPT_BACKEND", "triton")
-    with pytest.raises(fastgpt.BackendUnsupported, match="triton"):
+    monkeypatch.setenv("FASTGPT_BACKEND", "cuda")
+    with pytest.raises(fastgpt.BackendUnsupported, match="cuda"):
         fastgpt.attention(Q, Q, Q)
     fastgpt.attention(Q, Q, Q, backend="reference")
     fastgpt.attention(Q, Q, Q, backend="auto")
@@ -99,6 +100,56 @@ def test_landing_on_reference_warns_once(monkeypatch):
         fastgpt.attention(q, q, q, sink=sink)
         monkeypatch.setattr(dispatch, "_said", set())
         fastgpt.attention(q, q, q, sink=sink, backend="reference")
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine with a GPU, of which the user's cache says nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(proof, "architecture", lambda: "sm_90")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    kernels = types.SimpleNamespace(unsupported=lambda call: [])
+    known = dispatch.implementation
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: "not built" if backend == "cuda" else None)
+    monkeypatch.setattr(
+        dispatch, "implementation", lambda op, name: kernels if name == "triton" else known(op, name)
+    )
+    dispatch.proven.cache_clear()
+    yield
+    dispatch.proven.cache_clear()
+
+
+def test_auto_takes_gpu_kernels_once_their_parity_is_on_record(gpu, caplog, monkeypatch):
+    asked = call(device="cuda")
+    with caplog.at_level(logging.WARNING, logger="fastgpt"):
+        assert [dispatch.resolve(asked, "auto") for _ in range(2)] == ["torch", "torch"]
+    (said,) = caplog.records
+    assert "`auto` passes over triton kernels" in said.message and "`fastgpt verify`" in said.message
+    assert dispatch.resolve(asked, "triton") == "triton"  # by name, an unproven kernel runs
+
+    file = proof.save(proof.identity("triton"), ["attention", "norm"])
+    dispatch.proven.cache_clear()
+    assert dispatch.resolve(asked, "auto") == "triton"
+    assert not dispatch.proven("triton", "decode") and not dispatch.proven("cuda", "attention")
+    file.write_text("half a fi")
+    dispatch.proven.cache_clear()
+    assert dispatch.resolve(asked, "auto") == "torch"
+
+    monkeypatch.setitem(dispatch.PROVEN, ("triton", "attention", "sm_90"), "shown.json")
+    dispatch.proven.cache_clear()
+    assert dispatch.resolve(asked, "auto") == "triton"
+
+
+@pytest.mark.parametrize("changed", ["device", "architecture", "driver", "torch", "triton", "fastgpt"])
+def test_a_proof_holds_for_what_it_was_made_with(gpu, changed):
+    identity = proof.identity("triton")
+    proof.save(identity, ["norm"])
+    assert proof.load(identity) == ["norm"]
+    other = identity | {changed: "another"}
+    assert proof.load(other) == []
+    proof.path(identity).rename(proof.path(other))
+    assert proof.load(other) == []
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -6,15 +6,13 @@ A failing case prints itself and its seed, which hypothesis has made as small as
 from __future__ import annotations
 
 import pytest
-import test_attention
-import test_decode
-import test_merge
-import test_norm
 import torch
 from backends import AVAILABLE, DTYPES, judge
 from cases import AttentionCase, DecodeCase, DecodeVariant, Variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastgpt.verify import attention, decode, merge, norm, rotary
 
 KERNELS = [name for name in AVAILABLE if name not in ("reference", "torch")]
 COMPILED = [name for name in KERNELS if name != "triton"]
@@ -123,10 +121,10 @@ def decode_variants(draw) -> DecodeVariant:
 
 
 @st.composite
-def norm_cases(draw) -> test_norm.NormCase:
+def norm_cases(draw) -> norm.NormCase:
     lead = draw(st.lists(st.integers(0, 40), max_size=3).map(tuple))
     layouts = ["contiguous", "slice", *["transpose"] * (len(lead) >= 2), *["expand"] * (0 not in lead[:1])]
-    return test_norm.NormCase(
+    return norm.NormCase(
         lead,
         draw(st.integers(1, 300) | st.integers(1, 5000)),
         weight=draw(st.sampled_from(["none", "same", "float32"])),
@@ -140,10 +138,10 @@ def norm_cases(draw) -> test_norm.NormCase:
 
 
 @st.composite
-def merge_cases(draw) -> test_merge.MergeCase:
+def merge_cases(draw) -> merge.MergeCase:
     lead = draw(st.just(()) | st.tuples(st.integers(0, 3)))
     shape = (*lead, draw(st.integers(0, 150)), draw(st.integers(0, 6)), draw(st.integers(1, 300)))
-    return test_merge.MergeCase(
+    return merge.MergeCase(
         shape,
         spread=draw(st.sampled_from([1e-3, 1.0, 50.0, 200.0])),
         offset=draw(st.sampled_from([0.0, -30.0, 1e3])),
@@ -152,18 +150,34 @@ def merge_cases(draw) -> test_merge.MergeCase:
     )
 
 
+@st.composite
+def rotary_cases(draw) -> rotary.RotaryCase:
+    batch, headdim = draw(st.integers(0, 3)), draw(st.integers(2, 140) | st.sampled_from([64, 128, 256]))
+    lengths = draw(maybe(st.tuples(*[st.integers(0, 80)] * max(batch, 1))))
+    lead = (batch, draw(st.integers(0, 130))) if lengths is None else (sum(lengths),)
+    starts = st.tuples(*[st.integers(0, 50)] * (batch if lengths is None else len(lengths)))
+    return rotary.RotaryCase(
+        (*lead, draw(st.integers(0, 9)), headdim),
+        2 * draw(st.integers(1, headdim // 2)),
+        draw(st.integers(0, 50) | starts),
+        lengths,
+        draw(st.sampled_from(["contiguous", "strided", *["expanded"] * (lead > (0,))])),
+        narrow=draw(st.booleans()),
+    )
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @given(variant=attention_variants(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
 def test_random_attention(backend, variant, dtype, seed):
     torch.manual_seed(seed)
-    judge(lambda: test_attention.variant_results(variant, backend, dtype, by_reference=True))
+    judge(lambda: attention.variant_results(variant, backend, dtype, by_reference=True))
 
 
 @pytest.mark.parametrize("backend", COMPILED)
 @given(variant=decode_variants(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
 def test_random_decode(backend, variant, dtype, seed):
     torch.manual_seed(seed)
-    judge(lambda: test_decode.variant_results(variant, backend, dtype, by_reference=True))
+    judge(lambda: decode.variant_results(variant, backend, dtype, by_reference=True))
 
 
 @pytest.mark.skipif("triton" not in AVAILABLE, reason="triton is not available")
@@ -175,17 +189,25 @@ def test_random_decode_interpreted(variant, dtype, seed):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@given(case=norm_cases(), kind=st.sampled_from(test_norm.KINDS), dtype=st.sampled_from(DTYPES), seed=SEEDS)
+@given(case=norm_cases(), kind=st.sampled_from(norm.KINDS), dtype=st.sampled_from(DTYPES), seed=SEEDS)
 def test_random_norm(backend, case, kind, dtype, seed):
     torch.manual_seed(seed)
-    reference = test_norm.fused_norm("reference")
-    judge(lambda: test_norm.forward_results(case, kind, dtype, backend, reference))
-    judge(lambda: test_norm.backward_results(case, kind, dtype, backend, reference))
+    reference = norm.fused_norm("reference")
+    judge(lambda: norm.forward_results(case, kind, dtype, backend, reference))
+    judge(lambda: norm.backward_results(case, kind, dtype, backend, reference))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @given(case=merge_cases(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
 def test_random_merge(backend, case, dtype, seed):
     torch.manual_seed(seed)
-    reference = test_merge.fused_merge("reference")
-    judge(lambda: test_merge.results(case, dtype, backend, other=reference))
+    reference = merge.fused_merge("reference")
+    judge(lambda: merge.results(case, dtype, backend, other=reference))
+
+
+@pytest.mark.parametrize("backend", [name for name in KERNELS if name != "cpu"])
+@given(case=rotary_cases(), interleaved=st.booleans(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
+def test_random_rotary(backend, case, interleaved, dtype, seed):
+    torch.manual_seed(seed)
+    reference = rotary.fused_rotary("reference")
+    judge(lambda: rotary.results(case, dtype, interleaved, backend, other=reference))

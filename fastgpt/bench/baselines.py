@@ -5,6 +5,10 @@ Called the way torch's own documentation calls it, on the very tensors that fast
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,3 +67,73 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def forced(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """``function`` with one of torch's kernels for scaled_dot_product_attention; raises where it cannot."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def run(*tensors: Tensor) -> Any:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return function(*tensors)
+
+    return run
+
+
+FORCED = {
+    "flash": "FLASH_ATTENTION",
+    "cuDNN": "CUDNN_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "math": "MATH",
+}
+
+
+def flex_attention(seqlen: int, window: int, device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Causal attention of (batch, seqlen, nheads, headdim) by FlexAttention, compiled; window -1 for none."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j <= window) if window >= 0 else i >= j
+
+    mask = create_block_mask(visible, None, None, seqlen, seqlen, device=device)
+    compiled = torch.compile(flex, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return run
+
+
+def flex_decode() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Of one query (batch, 1, nheads, headdim) per sequence over (batch, nheads_k, keys, headdim)."""
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    compiled = torch.compile(flex, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return compiled(q.transpose(1, 2), k, v, enable_gqa=q.shape[2] != k.shape[1]).transpose(1, 2)
+
+    return run
+
+
+def compiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention as it is defined, for torch.compile."""
+    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    i = torch.arange(q.shape[1], device=q.device)
+    scores = scores.masked_fill(i[:, None] < i, -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, dim=-1), v)
+
+
+@functools.cache
+def empty_launch() -> Callable[[], object]:
+    """A launch by Triton of a kernel that does nothing."""
+    import triton
+
+    @triton.jit
+    def nothing() -> None:
+        pass
+
+    return lambda: nothing[(1,)]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -52,7 +53,7 @@ class Work:
     """What one call amounts to, and the machine's own rate (a key of ``machine.ceilings``) it is held to."""
 
     amount: float
-    unit: str  # FLOP, B or token
+    unit: str  # FLOP, B, token or call: of the last, the time on the host counts
     ceiling: str | None
 
 
@@ -67,6 +68,8 @@ class Case:
         str, Callable[[], tuple[Tensor, ...]]
     ]  # torch's ways; the fastest here is the one that counts
     oracle: Callable[[], tuple[Tensor, ...]]
+    timed: dict[str, Callable[[], object]] = field(default_factory=dict)  # beside them, without numbers
+    refused: dict[str, str] = field(default_factory=dict)  # torch's ways that do not work here, and why
 
 
 class Workload(Protocol):
@@ -90,8 +93,12 @@ class Row:
     direction: str
 
     @property
+    def key(self) -> tuple[str, ...]:
+        return self.bench, self.workload.name, self.dtype, self.direction
+
+    @property
     def label(self) -> str:
-        return f"{self.bench} {self.workload.name} {self.dtype} {self.direction}"
+        return " ".join(self.key)
 
 
 @dataclass(frozen=True)
@@ -105,15 +112,22 @@ class Result:
     backend: str
     status: str
     reason: str | None = None
+    timing: str | None = None
     parity: tuple[Parity, ...] = ()
     fastgpt_time: Timing | None = None
     baseline_times: dict[str, Timing] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     baseline: str | None = None
     ratio: float | None = None
     rate: float | None = None
     unit: str | None = None
     ceiling: str | None = None
     share: float | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Of its row."""
+        return self.bench, self.workload, self.dtype, self.direction
 
 
 def wall_timer(run: Callable[[], object], calls: int) -> float:
@@ -135,8 +149,55 @@ def cuda_timer(run: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def timer_for(device: str) -> Timer:
-    return cuda_timer if device == "cuda" else wall_timer
+def host_timer(run: Callable[[], object], calls: int) -> float:
+    """Time until the calls are on the GPU's queue, which they do not fill."""
+    torch.cuda.synchronize()
+    return wall_timer(run, calls)
+
+
+def cold_timer() -> Timer:
+    """Time on the device, with nothing of use in its cache when a call begins."""
+    # Read, not written: lines that have still to go back to memory would take time of the call.
+    other = torch.zeros(2 * torch.cuda.get_device_properties(0).L2_cache_size // 4, device="cuda")
+    total = torch.zeros((), device="cuda")
+
+    def timer(run: Callable[[], object], calls: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for start, end in events:
+            torch.sum(other, 0, out=total)
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) * 1e-3
+
+    return timer
+
+
+def timer_for(device: str, work: Work | None = None) -> tuple[str, Timer]:
+    """How a sample is taken, in words and as a function."""
+    if device == "cpu":
+        return "wall clock", wall_timer
+    if work and work.unit == "call":
+        return "wall clock of the host", host_timer
+    if work and work.unit == "B":
+        return "events, cold L2", cold_timer()
+    return "events", cuda_timer
+
+
+def graphed(run: Callable[[], object]) -> Callable[[], object] | None:
+    """What ``run`` puts on the current stream, as a CUDA graph: no time of the host. None if that fails."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            run()
+        graph.replay()
+        torch.cuda.synchronize()
+    except Exception:  # what cannot be captured says so in many ways
+        return None
+    return graph.replay
 
 
 def measure(
@@ -209,6 +270,24 @@ def verify(case: Case) -> tuple[Parity, ...]:
     return tuple(checked)
 
 
+def _measured(case: Case, work: Work, device: str, budget: float) -> tuple[str, dict[str, Timing]]:
+    """How the candidates were timed, and what came of it; on a GPU as graphs, if all of them can be."""
+    how, timer = timer_for(device, work)
+    candidates: dict[str, Callable[[], object]] = {"fastgpt": case.candidate, **case.baselines, **case.timed}
+    if device == "cuda" and work.unit != "call":
+        graphs = {name: graphed(run) for name, run in candidates.items()}
+        eager = [name for name, graph in graphs.items() if graph is None]
+        candidates = {name: graphs[name] or run for name, run in candidates.items()}
+        how += f", graphs{' but for ' * bool(eager)}{', '.join(eager)}"
+    return how, measure(candidates, budget=budget, timer=timer)
+
+
+def _ceiling(work: Work, dtype: str, ceilings: Mapping[str, float]) -> str | None:
+    """Where products of this dtype have a rate of their own, it is that."""
+    own = f"{dtype} gemm"
+    return own if work.ceiling == "sgemm" and own in ceilings else work.ceiling
+
+
 def run(
     row: Row,
     *,
@@ -234,10 +313,12 @@ def run(
             "skipped",
             reason=f"takes about {needed / 2**30:.1f} GiB, {free_memory / 2**30:.1f} GiB are free",
         )
+    work = workload.work(dtype, row.direction)
     try:
-        case = workload.case(device, dtype, row.direction, backend)
-        parity = verify(case)
-        times = measure({"fastgpt": case.candidate, **case.baselines}, budget=budget, timer=timer_for(device))
+        with _own_stream(device):
+            case = workload.case(device, dtype, row.direction, backend)
+            parity = verify(case)
+            how, times = _measured(case, work, device, budget)
     except BackendUnsupported as error:
         return result("skipped", reason=str(error))
     except ParityError as error:
@@ -246,17 +327,24 @@ def run(
         return result("failed", reason=f"{type(error).__name__}: {error}")
     ours = times.pop("fastgpt")
     fastest = min(times, key=lambda name: times[name].median)
-    work = workload.work(dtype, row.direction)
     rate = work.amount / ours.median
+    ceiling = _ceiling(work, row.dtype, ceilings)
     return result(
         "ok",
+        timing=how,
         parity=parity,
         fastgpt_time=ours,
         baseline_times=times,
+        refused=case.refused,
         baseline=fastest,
         ratio=times[fastest].median / ours.median,
         rate=rate,
         unit=work.unit,
-        ceiling=work.ceiling,
-        share=rate / ceilings[work.ceiling] if work.ceiling else None,
+        ceiling=ceiling,
+        share=rate / ceilings[ceiling] if ceiling else None,
     )
+
+
+def _own_stream(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Backward runs on the stream of its forward, and no graph can be captured on the default stream."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import gc
 import importlib.metadata
 import os
 import platform
@@ -13,9 +15,10 @@ from pathlib import Path
 import torch
 
 from fastgpt import dispatch
-from fastgpt.bench.harness import measure, timer_for
+from fastgpt.bench.harness import DTYPES, measure, timer_for
 
 SGEMM_SIZE = 2048
+GEMM_SIZE = 8192
 SMALLEST_BUFFER = 256 * 2**20  # bytes; the buffers are this or LLC_FACTOR last-level caches, if that is more
 LLC_FACTOR = 8
 
@@ -123,6 +126,8 @@ def keep_freed_memory() -> str:
 def free_memory(device: str) -> int:
     """Bytes that can be allocated on ``device`` now."""
     if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     if libc := _glibc():
         libc.malloc_trim(0)  # what keep_freed_memory has kept counts
@@ -152,22 +157,26 @@ def ceilings(device: str, budget: float) -> dict[str, float]:
     """The rates that torch's simplest calls reach here, which no kernel is expected to pass by much.
 
     Returns:
-        ``sgemm`` in FLOP/s: a 2048³ float32 matrix product. ``read`` in B/s: the sum of a buffer much
+        ``sgemm`` in FLOP/s: a 2048³ float32 matrix product; on a GPU ``bf16 gemm`` and ``fp16 gemm``, of
+        8192³. ``read`` in B/s: the sum of a buffer much
         larger than the last-level cache. ``copy`` in B/s, bytes read plus bytes written: that buffer
         copied to another.
     """
-    a, b, c = (torch.ones(SGEMM_SIZE, SGEMM_SIZE, device=device) for _ in range(3))
+    a, b, c = (torch.randn(SGEMM_SIZE, SGEMM_SIZE, device=device) for _ in range(3))
     size = max(SMALLEST_BUFFER, LLC_FACTOR * _last_level_cache(device))
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
-    timings = measure(
-        {
-            "sgemm": lambda: torch.mm(a, b, out=c),
-            "read": lambda: source.sum(),
-            "copy": lambda: target.copy_(source),
-        },
-        budget=budget,
-        timer=timer_for(device),
-    )
+    calls = {
+        "sgemm": lambda: torch.mm(a, b, out=c),
+        "read": lambda: source.sum(),
+        "copy": lambda: target.copy_(source),
+    }
     amounts = {"sgemm": 2.0 * SGEMM_SIZE**3, "read": float(size), "copy": 2.0 * size}
+    if device == "cuda":
+        for name in ("bf16", "fp16"):
+            # Random numbers: of zeros and ones the product takes less power, and less time.
+            x, y, z = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(DTYPES[name]) for _ in range(3))
+            calls[f"{name} gemm"] = functools.partial(torch.mm, x, y, out=z)
+            amounts[f"{name} gemm"] = 2.0 * GEMM_SIZE**3
+    timings = measure(calls, budget=budget, timer=timer_for(device)[1])
     # A ceiling is what the machine can do, so the faster samples count; a share is then rather too small.
     return {name: amounts[name] / timing.p20 for name, timing in timings.items()}

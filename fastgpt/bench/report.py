@@ -9,25 +9,28 @@ The JSON, one schema for every benchmark (SI units: seconds, bytes, FLOP):
     budget      seconds of samples per row
     seed        of torch's generator, from which all inputs were drawn
     machine     str -> str or int, see ``machine.describe``
-    ceilings    sgemm (FLOP/s), read (B/s), copy (B/s), see ``machine.ceilings``
+    ceilings    sgemm (FLOP/s), read (B/s), copy (B/s), of a GPU also bf16 gemm and fp16 gemm (FLOP/s), see
+                ``machine.ceilings``
     results     a list, one entry per row:
-        bench           attention, decode, norm or model
+        bench           attention, decode, norm, model or launch
         workload        its name: b batch, h nheads[:nheads_k], s seqlen, k keys, d headdim, w window
         dtype           fp32, bf16 or fp16
-        direction       forward or backward; prefill or decode of a model
+        direction       forward or backward; prefill or decode of a model; host, of a launch
         backend         of fastgpt
         status          ok, skipped (cannot run here) or failed (wrong numbers, never timed; or an
                         error, such as too little memory)
         reason          why it was skipped or failed, else null
+        timing          how the samples were taken: by which clock, with what in the cache, as CUDA graphs
         parity          per tensor: largest absolute error against float64 of fastgpt (error) and of
                         torch in the same dtype (torch_error), and the largest allowed (bound)
         fastgpt_time    median, p20 and p80 seconds per call, over so many samples of so many calls;
                         null or empty where not timed, like all that follow
         baseline_times  the same for each way torch has of doing it, by name
+        refused         the ways of torch that do not work here, by name, and why
         baseline        the name of the fastest of them, which the ratio is against
         ratio           its median / fastgpt's median: above 1, fastgpt is faster
         rate            of fastgpt: units of work per second at the median
-        unit            of work: FLOP, B or token
+        unit            of work: FLOP, B, token or call
         ceiling         the key of ``ceilings`` that the rate is held to; null if none
         share           rate / that ceiling
 """
@@ -123,7 +126,9 @@ def _timing(timing: Timing) -> str:
 
 
 def _rate(value: float, unit: str) -> str:
-    return f"{value:.0f} {unit}s/s" if unit == "token" else f"{value / 1e9:.3g} G{unit}/s"
+    if unit in ("token", "call"):
+        return f"{value:.0f} {unit}s/s"
+    return f"{value / 1e12:.3g} T{unit}/s" if value >= 1e12 else f"{value / 1e9:.3g} G{unit}/s"
 
 
 HEADER = ("workload", "dtype", "direction", "fastgpt [p20 – p80]", "baseline", "ratio", "rate", "of ceiling")
@@ -162,7 +167,7 @@ def table(report: Report) -> str:
         return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)).rstrip()
 
     rates = ", ".join(
-        f"{name} {_rate(value, 'FLOP' if name == 'sgemm' else 'B')}"
+        f"{name} {_rate(value, 'FLOP' if name.endswith('gemm') else 'B')}"
         for name, value in report.ceilings.items()
     )
     lines = [machine_line(report), f"ceilings measured here: {rates}"]

@@ -7,6 +7,7 @@ to its table.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,29 @@ Tensors = tuple[Any, ...]  # of tensors; the declared result of fastgpt.attentio
 Function = Callable[..., Tensors]
 
 SDPA = "F.scaled_dot_product_attention"
+LONGEST_MATRIX = 4096  # of a baseline's (seqlen, seqlen) scores
 ORACLE_ROWS = 256  # queries at a time, so that the float64 scores stay small
 FP64 = 8  # bytes
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()  # a function is compiled for a few shapes only
+    return torch.compile(function, dynamic=False)
+
+
+def _with_ways(case: Case, device: str) -> Case:
+    """On a GPU, of torch's ways those that this device, these shapes and its memory allow."""
+    if device == "cpu":
+        return case
+    refused = {}
+    for name, way in case.baselines.items():
+        try:
+            way()
+            torch.cuda.synchronize()
+        except Exception as error:  # refused, not compiled, out of memory
+            refused[name] = f"{type(error).__name__}: {str(error)[:300]}"
+    running = {name: way for name, way in case.baselines.items() if name not in refused}
+    return dataclasses.replace(case, baselines=running, refused=refused)
 
 
 def _randn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -59,6 +81,11 @@ def _differentiable_case(
     with torch.no_grad():
         douts = tuple(torch.randn_like(out) for out in next(iter(ways.values()))(*tensors))
 
+    def backward(way: Function) -> Callable[[], Tensors]:
+        """Recorded at the first call, which may fail."""
+        recorded = functools.cache(lambda: _backward(way, tensors, douts))
+        return lambda: recorded()()
+
     def exact_gradients() -> Tensors:
         exact = tuple(t.double() for t in tensors)
         return _backward(oracle, exact, tuple(t.double() for t in douts))()
@@ -67,7 +94,7 @@ def _differentiable_case(
         tuple(f"d{name}" for name in inputs),
         GRADIENT_FACTOR,
         _backward(candidate, tensors, douts),
-        {name: _backward(baseline, tensors, douts) for name, baseline in ways.items()},
+        {name: backward(baseline) for name, baseline in ways.items()},
         exact_gradients,
     )
 
@@ -125,7 +152,20 @@ class Attention:
         ways: dict[str, Function] = {SDPA: baseline}
         if self.nheads_k not in (None, self.nheads):
             ways[f"{SDPA}, k and v repeated"] = repeated
-        return _differentiable_case(direction, inputs, ("out",), candidate, ways, self._oracle)
+        if device == "cuda":
+            ways |= self._ways_of_gpus(baseline)
+        case = _differentiable_case(direction, inputs, ("out",), candidate, ways, self._oracle)
+        return _with_ways(case, device)
+
+    def _ways_of_gpus(self, baseline: Function) -> dict[str, Function]:
+        ways = {f"{SDPA}, {name}": baselines.forced(baseline, key) for name, key in baselines.FORCED.items()}
+        if self.seqlen > LONGEST_MATRIX:
+            del ways[f"{SDPA}, math"]
+        elif self.window < 0:
+            compiled = _compiled(baselines.compiled_attention)
+            ways["torch.compile"] = lambda *tensors: (compiled(*tensors),)
+        flex = baselines.flex_attention(self.seqlen, self.window, "cuda")
+        return ways | {"FlexAttention": lambda *tensors: (flex(*tensors),)}
 
     def _oracle_keys(self, end: int) -> int:
         """How many keys, up to ``end``, a block of queries that ends there can see."""
@@ -199,16 +239,19 @@ class Decode:
                 outs.append(fastgpt.attention(*(t.double() for t in tensors), backend="reference"))
             return (torch.cat(outs),)
 
-        return Case(
-            ("out",),
-            OUTPUT_FACTOR,
-            candidate,
-            {
-                SDPA: lambda: (baselines.decode(q, k_cache, v_cache, self.keys),),
-                f"{SDPA}, grouped": lambda: (baselines.decode_grouped(q, k, v),),
-            },
-            oracle,
-        )
+        def grouped() -> Tensors:
+            return (baselines.decode_grouped(q, k, v),)
+
+        ways: dict[str, Callable[[], Tensors]] = {
+            SDPA: lambda: (baselines.decode(q, k_cache, v_cache, self.keys),),
+            f"{SDPA}, grouped": grouped,
+        }
+        if device == "cuda":
+            for way, key in baselines.FORCED.items():
+                ways[f"{SDPA}, grouped, {way}"] = baselines.forced(grouped, key)
+            flex = baselines.flex_decode()
+            ways["FlexAttention"] = lambda: (flex(q, k, v),)
+        return _with_ways(Case(("out",), OUTPUT_FACTOR, candidate, ways, oracle), device)
 
 
 @dataclass(frozen=True)
@@ -269,9 +312,11 @@ class Norm:
 
         outputs = ("out", "residual") if self.residual else ("out",)
         name = f"add, F.{self.kind}" if self.residual else f"F.{self.kind}"
-        return _differentiable_case(
-            direction, inputs, outputs, fused(backend), {name: baseline}, fused("reference")
-        )
+        ways: dict[str, Function] = {name: baseline}
+        if device == "cuda":
+            ways["torch.compile"] = _compiled(baseline)
+        case = _differentiable_case(direction, inputs, outputs, fused(backend), ways, fused("reference"))
+        return _with_ways(case, device)
 
 
 @dataclass(frozen=True)
@@ -329,6 +374,34 @@ class Model:
         )
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The host's time for a call so small that the GPU has next to nothing to do."""
+
+    op: str  # attention, decode or rms_norm
+
+    directions = ("host",)
+
+    @property
+    def name(self) -> str:
+        return self.op
+
+    def _small(self) -> Attention | Decode | Norm:
+        if self.op == "attention":
+            return Attention(1, 8, 128, 64)
+        return Decode(1, 8, 2, 128, 64) if self.op == "decode" else Norm("rms_norm", 64, 1024)
+
+    def memory(self, dtype: torch.dtype) -> int:
+        return self._small().memory(dtype)
+
+    def work(self, dtype: torch.dtype, direction: str) -> Work:
+        return Work(1.0, "call", None)
+
+    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+        case = self._small().case(device, dtype, "forward", backend)
+        return dataclasses.replace(case, timed={"an empty Triton launch": baselines.empty_launch()})
+
+
 TABLES: dict[str, tuple[Attention | Decode | Norm | Model, ...]] = {
     "attention": (
         Attention(1, 12, 256, 64),
@@ -373,6 +446,48 @@ TABLES: dict[str, tuple[Attention | Decode | Norm | Model, ...]] = {
     ),
 }
 
+# The most telling first: a run may be cut short, and goes on there.
+GPU_TABLES: dict[str, tuple[Attention | Decode | Norm | Model | Launch, ...]] = {
+    "attention": (
+        Attention(2, 16, 8192, 128),
+        Attention(1, 16, 16384, 128),
+        Attention(4, 16, 4096, 128),
+        Attention(1, 32, 16384, 64),
+        Attention(2, 32, 8192, 128, nheads_k=8),
+        Attention(8, 16, 2048, 128),
+        Attention(1, 16, 16384, 128, window=1024),
+        Attention(2, 8, 8192, 256),
+        Attention(16, 12, 1024, 64),
+        Attention(2, 16, 8192, 80),
+    ),
+    "decode": (
+        Decode(1, 32, 8, 65536, 128),
+        Decode(64, 32, 8, 4096, 128),
+        Decode(8, 32, 8, 16384, 128),
+        Decode(1, 32, 8, 4096, 128),
+        Decode(64, 32, 8, 65536, 128),
+        Decode(16, 32, 8, 65536, 128),
+        Decode(8, 32, 32, 8192, 128),
+        Decode(16, 12, 12, 4096, 64),
+    ),
+    "norm": (
+        Norm("layer_norm", 65536, 4096),
+        Norm("rms_norm", 65536, 4096),
+        Norm("rms_norm", 65536, 4096, residual=True),
+        Norm("layer_norm", 8192, 768),
+        Norm("layer_norm", 65536, 768),
+        Norm("rms_norm", 8192, 4096),
+        Norm("layer_norm", 8192, 8192),
+        Norm("rms_norm", 8192, 8192, residual=True),
+        Norm("layer_norm", 65536, 2048, residual=True),
+        Norm("rms_norm", 8192, 2048),
+    ),
+    "model": (Model("GPT-2 124M b8 s512", {}, batch=8, prompt=512),),
+    "launch": (Launch("rms_norm"), Launch("attention"), Launch("decode")),
+}
+
+GPU_DTYPES = dict.fromkeys(GPU_TABLES, ("bf16",))
+
 DEFAULT_DTYPES = {
     "attention": ("fp32", "bf16", "fp16"),
     "decode": ("fp32", "bf16"),
@@ -385,15 +500,20 @@ QUICK = {  # how many workloads of a table, from its head, a quick run takes
     "decode": 1,
     "norm": 2,
     "model": 1,
+    "launch": 1,
 }
 
 
-def plan(benches: Iterable[str], dtypes: Sequence[str] | None, quick: bool) -> list[Row]:
-    """The rows of a run; ``dtypes`` None takes each benchmark's own."""
-    return [
-        Row(bench, workload, dtype, direction)
+def plan(benches: Iterable[str], dtypes: Sequence[str] | None, quick: bool, device: str = "cpu") -> list[Row]:
+    """The rows of a run; ``dtypes`` None takes each benchmark's own. On a GPU, tables' heads come first."""
+    tables, own = (GPU_TABLES, GPU_DTYPES) if device == "cuda" else (TABLES, DEFAULT_DTYPES)
+    ranked = [
+        (rank, Row(bench, workload, dtype, direction))
         for bench in benches
-        for workload in TABLES[bench][: QUICK[bench] if quick else None]
+        for rank, workload in enumerate(tables[bench][: QUICK[bench] if quick else None])
         for direction in workload.directions
-        for dtype in dtypes or DEFAULT_DTYPES[bench]
+        for dtype in dtypes or own[bench]
     ]
+    if device == "cuda":
+        ranked.sort(key=lambda ranked_row: ranked_row[0])
+    return [row for _, row in ranked]

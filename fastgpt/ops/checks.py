@@ -90,7 +90,9 @@ def watched() -> bool:
     )
 
 
-def check_indices(name: str, t: Tensor | None, batch: int, q: Tensor, axes: str = "(batch)") -> None:
+def check_indices(
+    name: str, t: Tensor | None, batch: int, q: Tensor, axes: str = "(batch)", like: str = "q"
+) -> None:
     """None, or an int32 tensor with an entry or a row for every sequence, on q's device, contiguous."""
     check_optional(name, t, axes)
     if t is None:
@@ -98,7 +100,7 @@ def check_indices(name: str, t: Tensor | None, batch: int, q: Tensor, axes: str 
     if t.dtype != torch.int32 or t.dim() != axes.count(",") + 1 or t.shape[0] != batch:
         raise ValueError(f"{name}: got {t.dtype} {shape_of(t)}, expected torch.int32 {axes}, batch {batch}")
     if t.device != q.device:
-        raise ValueError(f"{name}: got device {t.device}, expected {q.device} like q")
+        raise ValueError(f"{name}: got device {t.device}, expected {q.device} like {like}")
     if not t.is_contiguous():
         raise ValueError(f"{name}: got strides {t.stride()}, expected contiguous")
 

@@ -46,7 +46,7 @@ def offset(index, stride, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def gather_rows(base, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """A tile of rows of WIDTH elements, 0 beyond WIDTH and, if MASKED, in rows that are not inside."""
     column = tl.arange(0, BLOCK)
     pointers = base + offsets[:, None] + column[None, :]
@@ -60,13 +60,62 @@ def load_rows(base, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, M
 
 
 @triton.jit
-def store_rows(base, offsets, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def scatter_rows(base, offsets, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the rows of ``value``, in base's dtype, that are inside."""
     column = tl.arange(0, BLOCK)
     mask = inside[:, None]
     if WIDTH != BLOCK:
         mask = mask & (column < WIDTH)[None, :]
     tl.store(base + offsets[:, None] + column[None, :], value, mask=mask)
+
+
+@triton.jit
+def rows_from(
+    base, count, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """What load_rows takes its tiles (ROWS, BLOCK) from: count rows of WIDTH elements, ``stride`` apart. TMA:
+    a tensor descriptor, by which Hopper and later copy tiles past the threads' registers; else ``base``."""
+    if TMA:
+        return tl.make_tensor_descriptor(
+            base,
+            shape=[tl.maximum(count, 1), WIDTH],
+            strides=[tl.cast(stride, tl.int64), 1],
+            block_shape=[ROWS, BLOCK],
+        )
+    else:
+        return base
+
+
+@triton.jit
+def load_rows(
+    source, first, count, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MULTIPLE: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows first, ..., first + ROWS − 1 of what rows_from gave, 0 beyond WIDTH and beyond count, which a tile
+    that is not MASKED must not reach."""
+    if TMA:
+        tile = source.load([tl.cast(first, tl.int32), 0])
+    else:
+        rows = tl.arange(0, ROWS)
+        source += offset(first, stride, MULTIPLE)
+        tile = gather_rows(source, offset(rows, stride, MULTIPLE), first + rows < count, WIDTH, BLOCK, MASKED)
+    return tile
+
+
+@triton.jit
+def store_rows(
+    base, first, count, stride, value, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MULTIPLE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The converse of load_rows, for fp32 values."""
+    value = cast(value, base.dtype.element_ty)
+    if TMA:
+        rows_from(base, count, stride, WIDTH, ROWS, BLOCK, TMA).store([tl.cast(first, tl.int32), 0], value)
+    else:
+        rows = tl.arange(0, ROWS)
+        base += offset(first, stride, MULTIPLE)
+        scatter_rows(base, offset(rows, stride, MULTIPLE), first + rows < count, value, WIDTH, BLOCK)
 
 
 @triton.jit
@@ -85,8 +134,8 @@ def visible(i, j, shift, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_
 def key_range(
     first, last, shift, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
 ):
-    """Of queries first to last: [begin, end), the keys that any of them sees, and [full_begin, full_end), those
-    that all of them see. The ends of a query's keys rise with the query."""
+    """Of queries first to last: [begin, end), the keys that any of them sees, and [full_begin, full_end),
+    those that all of them see. The ends of a query's keys rise with the query."""
     begin = 0
     end = seqlen_k
     full_begin = 0
@@ -111,22 +160,25 @@ def blocks_of_keys(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def query_range(
-    first, last, shift, seqlen_q, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+def in_sight(
+    first,
+    last,
+    shift,
+    count,
+    before,
+    after,
+    HAS_BEFORE: tl.constexpr,
+    HAS_AFTER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Of keys first to last: [begin, end), the queries that see any of them, and [full_begin, full_end), those
-    that see all of them."""
-    begin = 0
-    end = seqlen_q
-    full_begin = 0
-    full_end = seqlen_q
-    if HAS_RIGHT:
-        begin = tl.maximum(first - shift - window_right, 0)
-        full_begin = tl.maximum(last - shift - window_right, 0)
-    if HAS_LEFT:
-        end = tl.minimum(last - shift + window_left + 1, seqlen_q)
-        full_end = tl.minimum(first - shift + window_left + 1, seqlen_q)
-    return begin, end, full_begin, full_end
+    """begin, full_begin, full_end and end of blocks_of_keys for queries first to last, with shift = seqlen_k
+    − seqlen_q, count = seqlen_k and the window's sides before and after. For the blocks of queries that see
+    keys first to last, shift changes its sign and the sides their places, with count = seqlen_q."""
+    begin, end, full_begin, full_end = key_range(
+        first, last, shift, count, before, after, HAS_BEFORE, HAS_AFTER
+    )
+    begin, full_begin, full_end = blocks_of_keys(begin, end, full_begin, full_end, BLOCK)
+    return begin, full_begin, full_end, end
 
 
 @triton.jit

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -73,16 +76,83 @@ def precision() -> str:
     return "ieee" if architecture().startswith("gfx") else "tf32x3"
 
 
-def choose(table: Mapping[tuple[str, int, str], Config], width: int, direction: str) -> Config:
-    """The table's row for this chip, or for unknown chips ``default``: of the least width that is enough."""
+def has_tma() -> bool:
+    """Whether the chip copies tiles by tensor descriptors."""
     arch = architecture()
-    known = any(key[0] == arch for key in table)
-    rows = {
-        key[1]: row
-        for key, row in table.items()
-        if key[0] == (arch if known else "default") and key[2] == direction
-    }
-    return rows[min(w for w in rows if w >= width)]
+    return arch == "interpreter" or (arch.startswith("sm_") and int(arch[3:]) >= 90)
+
+
+Key = tuple[int, int, str]  # of a row on this chip: its table's id, width and direction
+_rows: dict[tuple[int, str, int, str], tuple[Key, Config]] = {}  # looked up before
+_found: dict[Key, Config] = {}  # what FASTGPT_AUTOTUNE=1 tries, or has found
+_asked: dict[Key, Config] | None = None  # while it looks which rows a call asks for
+
+
+def choose(table: Mapping[tuple[str, int, str], Config], width: int, direction: str) -> Config:
+    """The table's row for this chip or, where it has none for the direction, of ``default``: that of the
+    least width that is enough."""
+    arch = architecture()
+    if (id(table), arch, width, direction) not in _rows:
+        known = any(key[0] == arch and key[2] == direction for key in table)
+        rows = {
+            key[1]: row
+            for key, row in table.items()
+            if key[0] == (arch if known else "default") and key[2] == direction
+        }
+        enough = min(w for w in rows if w >= width)
+        _rows[id(table), arch, width, direction] = (id(table), enough, direction), rows[enough]
+    key, row = _rows[id(table), arch, width, direction]
+    if _asked is not None:
+        _asked[key] = row
+    return _found.get(key, row)
+
+
+def tuned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With FASTGPT_AUTOTUNE=1, ``function`` searches for a better row of its table wherever it uses one for
+    the first time, goes on with it and prints it, to be committed."""
+    if os.environ.get("FASTGPT_AUTOTUNE") != "1":
+        return function
+
+    @functools.wraps(function)
+    def searching(*args: Any) -> Any:
+        global _asked
+        _asked = {}
+        try:
+            expected = function(*args)
+        finally:
+            asked, _asked = _asked, None
+        for key, row in asked.items():
+            if key not in _found:
+                _search(key, row, functools.partial(function, *args), expected)
+        return function(*args)
+
+    return searching
+
+
+def _search(key: Key, row: Config, run: Callable[[], Any], expected: Any) -> None:
+    """The fastest of the row's neighbours: first in tile and warps, then in stages."""
+
+    def milliseconds(config: Config) -> float:
+        _found[key] = config
+        try:  # what does not fit the chip raises; what leaves out a part of the work is no candidate
+            torch.testing.assert_close(run(), expected, rtol=0.05, atol=0.05, equal_nan=True)
+            return triton.testing.do_bench(run)
+        except Exception:
+            return math.inf
+
+    def fastest(configs: Iterable[Config]) -> Config:
+        times.update({config: milliseconds(config) for config in configs if config not in times})
+        return min(times, key=lambda config: times[config])
+
+    times = {row: milliseconds(row)}
+    sizes = [[size // 2, size, 2 * size] if size > 1 else [1, 2] for size in row[:2]]
+    best = fastest(
+        Config(m, n, warps, row.num_stages) for m in sizes[0] for n in sizes[1] for warps in (4, 8)
+    )
+    best = fastest(best._replace(num_stages=stages) for stages in (1, 2, 3, 4))
+    _found[key] = best
+    entry = f'("{architecture()}", {key[1]}, "{key[2]}"): Config{tuple(best)},'
+    print(f"{entry}  # {times[best]:.4f} ms, by {tuple(row)} {times[row]:.4f}", flush=True)
 
 
 def block_dim(headdim: int) -> int:
@@ -91,7 +161,9 @@ def block_dim(headdim: int) -> int:
 
 
 def vector_multiple(*tensors: Tensor) -> int:
-    """Elements of 16 bytes if that divides every stride but the last of all these tensors, of one dtype; else 1."""
+    """Elements of 16 bytes, if that divides every stride but the last of these tensors of one dtype, or 1."""
+    if any(t.data_ptr() % VECTOR for t in tensors):
+        return 1
     return multiple([stride for t in tensors for stride in t.stride()[:-1]], tensors[0].element_size())
 
 
@@ -109,6 +181,16 @@ class _Compiling(NamedTuple):
 _compiling: _Compiling | None = None
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel keeps the tensor descriptors that it makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _run(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    triton.set_allocator(_scratch)
+    kernel[(programs,)](*args, **constants)
+
+
 def launch(
     kernel: Any, programs: int, config: Config, device: torch.device, *args: Any, **constants: Any
 ) -> None:
@@ -118,11 +200,12 @@ def launch(
     constants |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if _compiling is not None:
         _compiling.kernels.append(kernel.warmup(*args, grid=(programs,), **constants))
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*args, **constants)
-    else:
+    elif triton.knobs.runtime.interpret:
         kernel[(programs,)](*args, **constants)
+    else:
+        with torch.cuda.device(device):
+            # In a context of its own: the allocator that the user may have set stays.
+            contextvars.copy_context().run(_run, kernel, programs, args, constants)
 
 
 class _Offline:
@@ -136,10 +219,10 @@ class _Offline:
     def get_current_target(self) -> Any:
         return self._target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> Any:
+        return self._target  # by which a kernel keeps what was compiled for a device
 
-    def get_current_stream(self, device: int = 0) -> int:
+    def get_current_stream(self, device: Any = None) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:

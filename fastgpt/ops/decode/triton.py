@@ -35,14 +35,14 @@ from fastgpt.ops.device import (
     dot,
     from_fp8,
     from_int8,
+    gather_rows,
     key_range,
-    load_rows,
     offset,
     rotate,
+    scatter_rows,
     score,
     softmax_end,
     softmax_step,
-    store_rows,
     to_fp8,
     to_int8,
     visible,
@@ -267,8 +267,8 @@ def _cached_tiles(begin, end, m, l, acc, q, i, at, C: tl.constexpr, MASKED: tl.c
         page, start, rows = _places(first, inside, at, C, MASKED)
         at_k = _offsets(page, start, rows, at.stride_kb, at.stride_ks, C)
         at_v = _offsets(page, start, rows, at.stride_vb, at.stride_vs, C)
-        k = load_rows(at.K, at_k, inside, C.HEADDIM, C.BLOCK_D, MASKED)
-        v = load_rows(at.V, at_v, inside, C.HEADDIM_V, C.BLOCK_DV, MASKED)
+        k = gather_rows(at.K, at_k, inside, C.HEADDIM, C.BLOCK_D, MASKED)
+        v = gather_rows(at.V, at_v, inside, C.HEADDIM_V, C.BLOCK_DV, MASKED)
         m, l, acc = _tile(k, v, q, i, j, inside, m, l, acc, at, C, MASKED)
     return m, l, acc
 
@@ -283,8 +283,8 @@ def _new_tiles(
         inside = (j >= begin) & (j < end)
         k_offsets = offset(j - at.cached, stride_ks, C.MULTIPLE)
         v_offsets = offset(j - at.cached, stride_vs, C.MULTIPLE)
-        k = load_rows(K, k_offsets, inside, C.HEADDIM, C.BLOCK_D, True)
-        v = load_rows(V, v_offsets, inside, C.HEADDIM_V, C.BLOCK_DV, True)
+        k = gather_rows(K, k_offsets, inside, C.HEADDIM, C.BLOCK_D, True)
+        v = gather_rows(V, v_offsets, inside, C.HEADDIM_V, C.BLOCK_DV, True)
         if C.PAIRS > 0:
             k = _rotated(k, K, k_offsets, inside, at.pad + j, cos, sin, C)
         k = _stored(k, at.k_descale, at.K.dtype.element_ty)
@@ -292,8 +292,8 @@ def _new_tiles(
         page, start, rows = _places(first, inside, at, C, True)
         at_k = _offsets(page, start, rows, at.stride_kb, at.stride_ks, C)
         at_v = _offsets(page, start, rows, at.stride_vb, at.stride_vs, C)
-        store_rows(at.K, at_k, inside & writes, k, C.HEADDIM, C.BLOCK_D)
-        store_rows(at.V, at_v, inside & writes, v, C.HEADDIM_V, C.BLOCK_DV)
+        scatter_rows(at.K, at_k, inside & writes, k, C.HEADDIM, C.BLOCK_D)
+        scatter_rows(at.V, at_v, inside & writes, v, C.HEADDIM_V, C.BLOCK_DV)
         m, l, acc = _tile(k, v, q, i, j, inside, m, l, acc, at, C, True)
     return m, l, acc
 
@@ -421,7 +421,7 @@ def decode_forward(
     )
     Q += offset(b, stride_qb, C.MULTIPLE)
     q_offsets = offset(i, stride_qs, C.MULTIPLE) + offset(h, stride_qh, C.MULTIPLE)
-    q = load_rows(Q, q_offsets, valid, C.HEADDIM, C.BLOCK_D, True)
+    q = gather_rows(Q, q_offsets, valid, C.HEADDIM, C.BLOCK_D, True)
     if C.PAIRS > 0:
         position = before + i
         if not (C.HAS_LEFT or C.HAS_RIGHT):
@@ -467,7 +467,7 @@ def decode_forward(
     inverse, lse = softmax_end(m, l)
     acc *= (inverse * v_descale)[:, None]
     out_at = ((tl.cast(b, tl.int64) * seqlen_q + i) * nheads + h) * splits + part
-    store_rows(Out, out_at * C.HEADDIM_V, valid, cast(acc, Out.dtype.element_ty), C.HEADDIM_V, C.BLOCK_DV)
+    scatter_rows(Out, out_at * C.HEADDIM_V, valid, cast(acc, Out.dtype.element_ty), C.HEADDIM_V, C.BLOCK_DV)
     tl.store(Lse + lse_at, lse, mask=valid)
 
 
@@ -497,13 +497,13 @@ def decode_merge(
         part = first + tl.arange(0, BLOCK_S)
         lse = tl.load(PartLse + lse_at * splits + part, mask=part < splits, other=-INF)
         at = (row * splits + part) * HEADDIM_V
-        out = load_rows(PartOut, at, lse > -INF, HEADDIM_V, BLOCK_DV, True)
+        out = gather_rows(PartOut, at, lse > -INF, HEADDIM_V, BLOCK_DV, True)
         p, alpha, m, l = softmax_step(lse[None, :], m, l, LOG2E)
         acc = acc * alpha[:, None] + tl.sum(tl.trans(p) * out, 0)[None, :]
     inverse, lse = softmax_end(m, l)
     at = row * HEADDIM_V + tl.arange(0, 1)
     out = cast(acc * inverse[:, None], Out.dtype.element_ty)
-    store_rows(Out, at, l == l, out, HEADDIM_V, BLOCK_DV)
+    scatter_rows(Out, at, l == l, out, HEADDIM_V, BLOCK_DV)
     tl.store(Lse + lse_at + tl.arange(0, 1), lse)
 
 
@@ -615,6 +615,7 @@ def _normalized(tensors: DecodeTensors) -> DecodeTensors:
     )
 
 
+@launch.tuned
 def forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec, tensors: DecodeTensors
 ) -> tuple[Tensor, Tensor]:

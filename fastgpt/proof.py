@@ -1,0 +1,80 @@
+"""What ``fastgpt verify`` has shown on the user's own device: a file in the user's cache.
+
+It holds for that device, driver and versions alone; with others it is not found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+import torch
+
+
+def architecture() -> str:
+    """Of the current GPU: sm_90, gfx942, ...; empty where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _driver() -> str:
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        try:
+            return Path(path).read_text().splitlines()[0]
+        except (OSError, IndexError):
+            continue
+    return "unknown"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def identity(backend: str) -> dict[str, str]:
+    """What a proof made here holds for."""
+    return {
+        "backend": backend,
+        "device": torch.cuda.get_device_name(),
+        "architecture": architecture(),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fastgpt": _version("fastgpt-kernels"),
+    }
+
+
+def path(identity: dict[str, str]) -> Path:
+    """Where the proof for it is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return cache / "fastgpt" / f"verified-{digest[:16]}.json"
+
+
+def save(identity: dict[str, str], ops: list[str]) -> Path:
+    """Keeps that these ops have passed, and no others."""
+    file = path(identity)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({**identity, "ops": ops}, indent=1))
+    partial.replace(file)
+    return file
+
+
+def load(identity: dict[str, str]) -> list[str]:
+    """The ops that have passed; none where the file is missing or is no proof of this."""
+    try:
+        kept = json.loads(path(identity).read_text())
+        ops = kept.pop("ops")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+    return list(ops) if kept == identity else []
