@@ -9,14 +9,12 @@ import pytest
 import torch
 from backends import AVAILABLE, DTYPES, judge
 from cases import AttentionCase, DecodeCase, DecodeVariant, Variant
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.verify import attention, decode, merge, norm, rotary
 
 KERNELS = [name for name in AVAILABLE if name not in ("reference", "torch")]
-COMPILED = [name for name in KERNELS if name != "triton"]
-INTERPRETED = 6  # examples for Triton's interpreter, which takes a second for one
 SEEDS = st.integers(0, 2**16)
 HEADDIMS = st.integers(1, 140) | st.sampled_from([64, 128, 255, 256])
 WINDOWS = st.tuples(st.integers(-1, 150), st.integers(-1, 150)) | st.just((-1, -1))
@@ -173,19 +171,11 @@ def test_random_attention(backend, variant, dtype, seed):
     judge(lambda: attention.variant_results(variant, backend, dtype, by_reference=True))
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", KERNELS)
 @given(variant=decode_variants(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
 def test_random_decode(backend, variant, dtype, seed):
     torch.manual_seed(seed)
     judge(lambda: decode.variant_results(variant, backend, dtype, by_reference=True))
-
-
-@pytest.mark.skipif("triton" not in AVAILABLE, reason="triton is not available")
-@settings(max_examples=INTERPRETED)
-@given(variant=decode_variants(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
-def test_random_decode_interpreted(variant, dtype, seed):
-    torch.manual_seed(seed)
-    judge(lambda: test_decode.variant_results(variant, "triton", dtype, by_reference=True))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
