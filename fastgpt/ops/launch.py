@@ -166,6 +166,7 @@ def _search(key: Key, row: Config, run: Callable[[], Any], expected: Any) -> Non
     print(f"{entry}  # {times[best]:.4f} ms, by {tuple(row)} {times[row]:.4f}", flush=True)
 
 
+@functools.cache
 def block_dim(headdim: int) -> int:
     """The power of two that holds a row; tl.dot wants 16 at least."""
     return max(16, triton.next_power_of_2(headdim))

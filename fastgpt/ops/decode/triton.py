@@ -63,32 +63,39 @@ FEATURES = (
     "lse",
 )
 
-# (chip, row of q in bytes, kernel): block_m rows by block_n keys, warps, stages. "decode" is for as many rows
-# as its block_m and bound by memory: what counts are the bytes under way to a multiprocessor, some 40 KiB on
-# an H100, in the stages of all its programs. "prefill" is for more rows; "merge" has one row by block_n
-# parts.
+# (chip, elements of a row, kernel): block_m rows by block_n keys, warps, stages. "decode" is for as many
+# rows as its block_m and bound by memory: what counts are the bytes under way to a multiprocessor, some 40
+# KiB on an H100, in the stages of all its programs. "prefill" is for more rows; "merge" has one row by
+# block_n parts.
 CONFIGS = {
+    ("default", 64, "decode"): Config(16, 64, 4, 3),
     ("default", 128, "decode"): Config(16, 64, 4, 3),
-    ("default", 256, "decode"): Config(16, 64, 4, 3),
-    ("default", 512, "decode"): Config(16, 32, 8, 3),
-    ("default", 1024, "decode"): Config(16, 16, 8, 3),
-    ("default", 128, "prefill"): Config(64, 64, 8, 2),
-    ("default", 256, "prefill"): Config(32, 64, 8, 2),
-    ("default", 512, "prefill"): Config(16, 32, 8, 2),
-    ("default", 1024, "prefill"): Config(16, 16, 8, 2),
-    ("default", 1024, "merge"): Config(1, 16, 4, 1),
-    ("interpreter", 1024, "decode"): Config(16, 128, 4, 1),
-    ("interpreter", 1024, "prefill"): Config(64, 64, 4, 1),
-    ("interpreter", 1024, "merge"): Config(1, 4, 4, 1),
-    ("sm_90", 128, "decode"): Config(16, 128, 4, 3),
-    ("sm_90", 256, "decode"): Config(16, 64, 4, 3),
-    ("sm_90", 512, "decode"): Config(16, 64, 8, 3),
-    ("sm_90", 1024, "decode"): Config(16, 32, 8, 3),
+    ("default", 256, "decode"): Config(16, 32, 8, 3),
+    ("default", 64, "decode fp32"): Config(16, 64, 4, 3),
+    ("default", 128, "decode fp32"): Config(16, 32, 8, 3),
+    ("default", 256, "decode fp32"): Config(16, 16, 8, 3),
+    ("default", 64, "prefill"): Config(64, 64, 8, 2),
+    ("default", 128, "prefill"): Config(32, 64, 8, 2),
+    ("default", 256, "prefill"): Config(16, 32, 8, 2),
+    ("default", 128, "prefill fp32"): Config(16, 32, 8, 2),
+    ("default", 256, "prefill fp32"): Config(16, 16, 8, 2),
+    ("default", 256, "merge"): Config(1, 16, 4, 1),
+    ("interpreter", 256, "decode"): Config(16, 128, 4, 1),
+    ("interpreter", 256, "decode fp32"): Config(16, 128, 4, 1),
+    ("interpreter", 256, "prefill"): Config(64, 64, 4, 1),
+    ("interpreter", 256, "prefill fp32"): Config(64, 64, 4, 1),
+    ("interpreter", 256, "merge"): Config(1, 4, 4, 1),
+    ("gfx942", 128, "decode"): Config(16, 64, 4, 2),
+    ("gfx942", 256, "decode"): Config(16, 32, 8, 2),
+    ("gfx942", 128, "decode fp32"): Config(16, 32, 8, 2),
+    ("gfx942", 256, "decode fp32"): Config(16, 16, 8, 2),
+    ("sm_90", 64, "decode"): Config(16, 128, 4, 3),
+    ("sm_90", 128, "decode"): Config(16, 64, 4, 3),
+    ("sm_90", 256, "decode"): Config(16, 64, 8, 3),
+    ("sm_90", 128, "decode fp32"): Config(16, 64, 8, 3),
+    ("sm_90", 256, "decode fp32"): Config(16, 16, 8, 3),
     ("sm_90", 128, "prefill"): Config(64, 64, 8, 2),
-    ("sm_90", 256, "prefill"): Config(64, 64, 8, 2),
-    ("sm_90", 512, "prefill"): Config(32, 32, 8, 2),
-    ("sm_90", 1024, "prefill"): Config(16, 16, 8, 2),
-    ("sm_90", 1024, "merge"): Config(1, 16, 4, 1),
+    ("sm_90", 256, "prefill"): Config(32, 32, 8, 2),
 }
 NEW_KEYS = 32  # of a block at most: rotary embedding takes many registers
 RESIDENT = 2  # programs of a multiprocessor that num_splits = 0 provides for
@@ -521,22 +528,20 @@ def _automatic_splits(programs: int, most: int, slots: int) -> int:
 
 
 def _splits(
-    spec: DecodeSpec, seqlen_q: int, seqlen_new: int, keys: int, programs: int, config: Config
+    spec: DecodeSpec, seqlen_q: int, seqlen_new: int, keys: int, programs: int, block_n: int, slots: int
 ) -> int:
     """Into how many parts the keys are cut, ``keys`` at most. It depends on shapes alone."""
     if spec.window_left >= 0:  # no more than these belong to parts
-        keys = min(keys, max(spec.window_left + seqlen_q, seqlen_new) + config.block_n)
-    blocks = triton.cdiv(keys, config.block_n)
+        keys = min(keys, max(spec.window_left + seqlen_q, seqlen_new) + block_n)
+    blocks = triton.cdiv(keys, block_n)
     if spec.num_splits:
         return max(min(spec.num_splits, blocks), 1)
-    return _automatic_splits(programs, max(blocks // LEAST_BLOCKS, 1), RESIDENT * launch.multiprocessors())
+    return _automatic_splits(programs, max(blocks // LEAST_BLOCKS, 1), slots)
 
 
 class _Plan(NamedTuple):
     """How a call is launched."""
 
-    config: Config
-    merge: Config
     programs: int  # of one part
     splits: int
     constants: _Constants
@@ -544,7 +549,10 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    architecture: str,
+    config: Config,
+    few_rows: bool,
+    precision: str,
+    slots: int,
     q_shape: tuple[int, ...],
     q_bytes: int,
     cache_shape: tuple[int, ...],
@@ -558,25 +566,20 @@ def _plan(
     padded: bool,
     linear: bool,
 ) -> _Plan:
-    """Of a call with these shapes, which takes longer to find than a short call may take. pages: the
-    block_table's columns; padded: there is a cache_leftpad; linear: scores are q·k times a number."""
+    """Of a call with these shapes, which takes longer to find than a short call may take. slots: programs
+    that the GPU holds; pages: the block_table's columns; padded: there is a cache_leftpad; linear: scores are
+    q·k times a number, but for softcap."""
     batch, seqlen_q, nheads, headdim = q_shape
     page_size, nheads_k = cache_shape[1:3]
-    rows = seqlen_q * (nheads // nheads_k)
-    block_d, block_dv = launch.block_dim(headdim), launch.block_dim(headdim_v)
-    config = few = launch.choose(CONFIGS, max(block_d, block_dv) * q_bytes, "decode")
-    if rows > few.block_m:
-        config = launch.choose(CONFIGS, max(block_d, block_dv) * q_bytes, "prefill")
-    one_page = pages is not None and page_size % config.block_n == 0 and not padded
     constants = _Constants(
         headdim,
         headdim_v,
-        block_d,
-        block_dv,
+        launch.block_dim(headdim),
+        launch.block_dim(headdim_v),
         config.block_m,
         config.block_n,
         min(config.block_m, config.block_n, NEW_KEYS),
-        rows <= few.block_m,
+        few_rows,
         spec.window_left >= 0,
         spec.window_right >= 0,
         linear and not spec.softcap and spec.softmax_scale > launch.LEAST_SCALE,
@@ -584,53 +587,50 @@ def _plan(
         pairs,
         spec.rotary_interleaved,
         0 if pages is None else page_size,
-        one_page,
+        pages is not None and page_size % config.block_n == 0 and not padded,
         launch.multiple(strides[:3] + strides[9:], q_bytes),
         launch.multiple(strides[3:9], cache_bytes),
-        launch.precision(),
+        precision,
     )
-    tiles = triton.cdiv(rows, config.block_m)
+    tiles = triton.cdiv(seqlen_q * (nheads // nheads_k), config.block_m)
     programs = batch * nheads_k * (tiles if seqlen_new is None else max(tiles, 1))
     keys = page_size * (1 if pages is None else pages)
-    splits = _splits(spec, seqlen_q, seqlen_new or 0, keys, programs, config)
-    if pages is not None:  # the table's entries are loaded as many stages before the keys
-        config = config._replace(num_stages=2 * config.num_stages - 1)
-    merge = launch.choose(CONFIGS, 4 * block_dv, "merge")
-    return _Plan(config, merge, programs, splits, _Constants(*map(tl.constexpr, constants)))
-
-
-def _contiguous_fp32(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()
+    splits = _splits(spec, seqlen_q, seqlen_new or 0, keys, programs, config.block_n, slots)
+    return _Plan(programs, splits, _Constants(*map(tl.constexpr, constants)))
 
 
 def _normalized(tensors: DecodeTensors) -> DecodeTensors:
     """As the kernel reads them: what has no stride of its own there contiguous, scales in fp32."""
-    table = tensors.block_table
-    return DecodeTensors._make(
-        (
-            tensors.k,
-            tensors.v,
-            *(None if t is None else t.contiguous() for t in tensors[2:7]),
-            table if table is None or table.stride(1) == 1 else table.contiguous(),
-            *map(_contiguous_fp32, tensors[8:]),
-        )
-    )
+    k, v, cache_seqlens, cos, sin, index, pads, table, *per_head = tensors
+    cos, sin, index, pads = (None if t is None else t.contiguous() for t in (cos, sin, index, pads))
+    if table is not None and table.stride(1) != 1:
+        table = table.contiguous()
+    fp32 = [None if t is None else t.float().contiguous() for t in per_head]
+    return DecodeTensors(k, v, cache_seqlens.contiguous(), cos, sin, index, pads, table, *fp32)
 
 
 @launch.tuned
 def forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec, tensors: DecodeTensors
 ) -> tuple[Tensor, Tensor]:
-    batch, seqlen_q, nheads, _ = q.shape
+    batch, seqlen_q, nheads, headdim = q.shape
     nheads_k, headdim_v = v_cache.shape[2:]
     tensors = _normalized(tensors)
     k, table, slopes, descale = tensors.k, tensors.block_table, tensors.alibi_slopes, tensors.k_descale
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    group = nheads // nheads_k
+    width, kind = max(headdim, headdim_v), " fp32" if q.dtype == torch.float32 else ""
     by_axis = (q, k_cache, v_cache, k, tensors.v)
     strides = tuple(s for t in by_axis for s in ((0, 0, 0) if t is None else t.stride()[:3]))
+    few_rows, config = True, launch.choose(CONFIGS, width, "decode" + kind)
+    if seqlen_q * group > config.block_m:
+        few_rows, config = False, launch.choose(CONFIGS, width, "prefill" + kind)
     plan = _plan(
-        launch.architecture(),
+        config,
+        few_rows,
+        launch.precision(),
+        RESIDENT * launch.multiprocessors(),
         q.shape,
         q.element_size(),
         k_cache.shape,
@@ -644,6 +644,8 @@ def forward(
         tensors.cache_leftpad is not None,
         slopes is None and descale is None,
     )
+    if table is not None:  # its entries are loaded as many stages before the keys
+        config = config._replace(num_stages=2 * config.num_stages - 1)
     splits = plan.splits
     out = q.new_empty(batch, seqlen_q, nheads, headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
@@ -659,7 +661,7 @@ def forward(
     launch.launch(
         decode_forward,
         plan.programs * splits,
-        plan.config,
+        config,
         q.device,
         *(q, k_cache, v_cache, *parts, tensors),
         *strides,
@@ -667,7 +669,7 @@ def forward(
         nheads if slopes is not None and slopes.dim() == 2 else 0,
         nheads_k if descale is not None and descale.dim() == 2 else 0,
         nheads_k,
-        nheads // nheads_k,
+        group,
         seqlen_q,
         0 if k is None else k.shape[1],
         splits,
@@ -677,14 +679,15 @@ def forward(
         plan.constants,
     )
     if splits > 1:
+        merge = launch.choose(CONFIGS, headdim_v, "merge")
         launch.launch(
             decode_merge,
             batch * seqlen_q * nheads,
-            plan.merge,
+            merge,
             q.device,
             *(*parts, out, lse, nheads, seqlen_q, splits),
             HEADDIM_V=headdim_v,
             BLOCK_DV=launch.block_dim(headdim_v),
-            BLOCK_S=plan.merge.block_n,
+            BLOCK_S=merge.block_n,
         )
     return out, lse
