@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fastgpt.verify import attention, decode, merge, norm, rotary
 
 KERNELS = [name for name in AVAILABLE if name not in ("reference", "torch")]
+SLOW = "triton" in KERNELS  # in its interpreter a program takes longer than a case elsewhere
 SEEDS = st.integers(0, 2**16)
 HEADDIMS = st.integers(1, 140) | st.sampled_from([64, 128, 255, 256])
 WINDOWS = st.tuples(st.integers(-1, 150), st.integers(-1, 150)) | st.just((-1, -1))
@@ -120,7 +121,7 @@ def decode_variants(draw) -> DecodeVariant:
 
 @st.composite
 def norm_cases(draw) -> norm.NormCase:
-    lead = draw(st.lists(st.integers(0, 40), max_size=3).map(tuple))
+    lead = draw(st.lists(st.integers(0, 6 if SLOW else 40), max_size=3).map(tuple))
     layouts = ["contiguous", "slice", *["transpose"] * (len(lead) >= 2), *["expand"] * (0 not in lead[:1])]
     return norm.NormCase(
         lead,
@@ -138,7 +139,8 @@ def norm_cases(draw) -> norm.NormCase:
 @st.composite
 def merge_cases(draw) -> merge.MergeCase:
     lead = draw(st.just(()) | st.tuples(st.integers(0, 3)))
-    shape = (*lead, draw(st.integers(0, 150)), draw(st.integers(0, 6)), draw(st.integers(1, 300)))
+    nheads = draw(st.integers(0, 2 if SLOW else 6))
+    shape = (*lead, draw(st.integers(0, 150)), nheads, draw(st.integers(1, 300)))
     return merge.MergeCase(
         shape,
         spread=draw(st.sampled_from([1e-3, 1.0, 50.0, 200.0])),

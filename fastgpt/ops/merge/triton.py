@@ -6,9 +6,9 @@
 
 out_a, out_b, dout (batch, seqlen, nheads, headdim_v) or packed (total, nheads, headdim_v) in fp32, bf16 or
 fp16, any strides whose last is 1; lse_a, lse_b, dlse (batch, nheads, seqlen) or (nheads, total) fp32, any
-strides. Results are contiguous, all arithmetic is fp32. A program owns BLOCK_M rows, queries of a head; each
-is computed by itself. A state of weight 0 is not read; where both have none, out = 0, lse = −inf and every
-gradient is 0. Held by tests/test_merge.py.
+strides. Results are contiguous, all arithmetic is fp32. A program owns BLOCK_M rows, queries of a head, and
+each is computed by itself. A state of weight 0 is not read; where both have none, out = 0, lse = −inf and
+every gradient is 0. Held by tests/test_merge.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONFIGS = {
     ("default", 128, "merge"): Config(16, 128, 4, 1),
     ("default", LARGE, "merge"): Config(8, 256, 4, 1),
     ("interpreter", 128, "merge"): Config(256, 128, 4, 1),
-    ("interpreter", LARGE, "merge"): Config(16, 4096, 4, 1),
+    ("interpreter", LARGE, "merge"): Config(64, 1024, 4, 1),
 }
 
 

@@ -8,10 +8,9 @@
 
 x, residual, dout, dresidual_out (rows, hidden) in fp32, bf16 or fp16, any row stride; out, residual_out, dx,
 dresidual the same, contiguous; weight, bias, dweight, dbias (hidden) in x's dtype or fp32; mean, rstd (rows)
-fp32, as is all arithmetic. A program keeps whole rows in registers, so that each byte is read once and
-written once; rows too long for that are walked through twice, some columns at a time, by the ``_long``
-kernels. The bits of out and dx depend on their row alone, those of dweight and dbias on shape and chip. Held
-by tests/test_norm.py.
+fp32, as is all arithmetic. A program keeps whole rows in registers: each byte is read once and written once.
+Longer rows are walked through twice, some columns at a time, by the ``_long`` kernels. A row's bits depend on
+that row alone, those of dweight and dbias on shape and chip: no atomics. Held by tests/test_norm.py.
 """
 
 from __future__ import annotations
@@ -32,9 +31,8 @@ FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "dropout", "bac
 
 LONG = 2**31  # above every hidden
 
-# (chip, hidden, kernel): tiles of block_m rows by block_n columns. A thread has 32 elements of a row in
-# forward, 16 in backward, where it also has the columns' sums. For longer rows than the rest, and
-# norm_reduce: LONG.
+# (chip, hidden, kernel): tiles of block_m rows by block_n columns. A thread has 32 elements in forward, 16 in
+# backward, where it has the columns' sums, too. LONG: the ``_long`` kernels and norm_reduce.
 CONFIGS = {
     ("default", 64, "forward"): Config(64, 64, 4, 1),
     ("default", 256, "forward"): Config(16, 256, 4, 1),
@@ -84,16 +82,15 @@ class _Tensors(NamedTuple):
 class _Constants(NamedTuple):
     """What a kernel is compiled for, beside dtypes and which optional tensors there are.
 
-    A tile is (BLOCK_M, PIECES, BLOCK_N): BLOCK_N consecutive columns are what the threads of a row load at
-    once, 16 bytes each. So the columns of a row are with as few warps as may be, and sums over it take few
-    shuffles.
+    A tile is (BLOCK_M, PIECES, BLOCK_N): a row's columns are in PIECES of BLOCK_N, which its threads load at
+    once, 16 bytes each. So a row is with as few warps as may be, and sums over it take few shuffles.
     """
 
-    PIECES: int
     BLOCK_M: int  # rows
+    PIECES: int
     BLOCK_N: int  # columns of a piece
     WIDTH: int  # PIECES · BLOCK_N
-    STAGES: int  # blocks of rows whose loads are under way
+    STAGES: int  # of the pipeline that loads blocks of rows ahead
     MULTIPLE: int  # divides hidden and the row strides
 
 
@@ -122,7 +119,7 @@ def _rows(block, rows, C: tl.constexpr):
 
 @triton.jit
 def _columns(first, hidden, C: tl.constexpr):
-    """(1, PIECES, BLOCK_N): those from ``first`` on, and which of them there are, all or none of a vector."""
+    """(1, PIECES, BLOCK_N): those from ``first`` on, and which there are: all or none of a vector."""
     column = tl.arange(0, C.PIECES)[None, :, None] * C.BLOCK_N + tl.arange(0, C.BLOCK_N)[None, None, :]
     column += first
     return column, column < multiple(hidden, C.MULTIPLE)
@@ -143,7 +140,7 @@ def _store(base, row, hidden, column, inside, value, C: tl.constexpr):
 
 @triton.jit
 def _load_parameter(base, column, inside):
-    """Weight or bias in fp32, for each row of a tile: threads read what they need, most of it from their
+    """Weight or bias in fp32, for every row of a tile: each thread reads what it needs, mostly from the
     cache, which is quicker than to pass it on."""
     column = tl.broadcast_to(column, inside.shape)
     return tl.load(base + column, mask=inside, other=0.0).to(tl.float32)
@@ -225,7 +222,7 @@ def norm_forward(
     else:
         mean = _mean(z, hidden)
         z -= tl.where(inside, mean, 0.0)
-        # A large mean has been rounded. Where that is seen z − mean is exact, and has the rest of the mean.
+        # What rounding has taken from a large mean: where it matters, z − mean is exact.
         rest = _mean(z, hidden)
         rstd = tl.rsqrt(tl.maximum(_mean(z * z, hidden) - rest * rest, 0.0) + eps)
         xhat = tl.fma(z, rstd, -rest * rstd)
@@ -252,16 +249,15 @@ def norm_forward_long(
 ):
     """norm_forward of longer rows: a walk for z and its statistics, and one for out.
 
-    Each lane follows the mean of what it sees, and the squares about that (Welford 1962), of z less a pivot,
-    the mean of the first columns; in the end the lanes are joined (Chan, Golub & LeVeque 1983). So no
-    variance is a difference of large moments, and a large mean's rounding is not seen.
+    Each lane follows the mean of what it sees, and the squares about it (Welford 1962), of z less a pivot,
+    the mean of the first columns; then the lanes are joined (Chan, Golub & LeVeque 1983). So no variance is a
+    difference of large moments, and a large mean's rounding is not seen.
     """
     row, has_row = _rows(tl.program_id(0), rows, C)
     dropout = _Dropout(tensors.rng_state, dropout_threshold, dropout_scale)
     terms = _Sum(X, stride_x, tensors.residual, stride_residual, dropout)
     means = tl.full((C.BLOCK_M, C.PIECES, C.BLOCK_N), 0.0, tl.float32)
     squares = tl.full((C.BLOCK_M, C.PIECES, C.BLOCK_N), 0.0, tl.float32)
-    pivot = tl.full((C.BLOCK_M, 1, 1), 0.0, tl.float32)
     if tensors.mean is not None:
         column, has_column = _columns(0, hidden, C)
         z = _load_sum(terms, row, 0, column, has_row & has_column, C)
@@ -279,7 +275,6 @@ def norm_forward_long(
             step = tl.where(inside, z - pivot - means, 0.0)
             means += step * (1 / seen)
             squares += step * step * (1 - 1 / seen)
-    rest = 0.0 * pivot
     if tensors.mean is not None:
         lane, _ = _columns(0, hidden, C)
         seen = tl.cast((hidden - lane + C.WIDTH - 1) // C.WIDTH, tl.float32)
@@ -301,9 +296,9 @@ def norm_forward_long(
 
 @triton.jit
 def _load_statistics(Rstd, row, has_row, tensors):
-    """mean, 0 in RMS norm, and rstd: (BLOCK_M, 1, 1)."""
+    """mean, 0 in RMS norm, and rstd of each row."""
     rstd = tl.load(Rstd + row[:, None, None], mask=has_row, other=0.0)
-    mean = 0.0 * rstd
+    mean = 0.0
     if tensors.mean is not None:
         mean = tl.load(tensors.mean + row[:, None, None], mask=has_row, other=0.0)
     return mean, rstd
@@ -480,7 +475,7 @@ def _plan(direction: str, hidden: int, *tensors: Tensor | None) -> tuple[Config,
     of_a_row = threads if long else max(8, threads // config.block_m)
     present = [t for t in tensors if t is not None]
     block_n = min(width, of_a_row * launch.VECTOR // present[0].element_size())
-    sizes = width // block_n, config.block_m, block_n, width, config.num_stages
+    sizes = config.block_m, width // block_n, block_n, width, config.num_stages
     return config, _Constants(*map(tl.constexpr, (*sizes, launch.vector_multiple(*present)))), long
 
 
@@ -516,7 +511,7 @@ def forward(
         *(x.stride(0), _stride(residual), rows, hidden, spec.eps),
         *(philox.threshold(spec.dropout_p), 1 / (1 - spec.dropout_p)),
         constants,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False,  # statistics are those of the rounded z
     )
     return out, residual_out, mean, rstd
 
@@ -543,8 +538,8 @@ def backward(
     most = launch.multiprocessors() * min(2, 16 // config.num_warps)
     programs = min(most, triton.cdiv(rows, config.block_m))
     dweight, dbias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
-    sums = (None if t is None else t.new_empty(programs, hidden, dtype=torch.float32) for t in (weight, bias))
-    tensors = _Tensors._make((None, None, dresidual_out, dresidual, weight, bias, *sums, mean, rng_state))
+    sums = [None if t is None else t.new_empty(programs, hidden, dtype=torch.float32) for t in (weight, bias)]
+    tensors = _Tensors(None, None, dresidual_out, dresidual, weight, None, sums[0], sums[1], mean, rng_state)
     launch.launch(
         norm_backward_long if long else norm_backward,
         programs,
@@ -557,7 +552,7 @@ def backward(
         enable_fp_fusion=False,  # g, multiplied again, would differ from its mean in rows of one element
     )
     if weight is not None or bias is not None:
-        config, constants, _ = _plan("reduce", hidden, dx.view(z.shape))
+        config, constants, _ = _plan("reduce", hidden, *sums)
         launch.launch(
             norm_reduce,
             triton.cdiv(hidden, config.block_n),
