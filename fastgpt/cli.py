@@ -372,7 +372,7 @@ def _verify(args: argparse.Namespace) -> int:
     for backend in _verified_backends(args.backend):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU: that proves no GPU
         gpu = backend in dispatch.GPU_KERNELS and torch.cuda.is_available() and not interpreted
-        identity = proof.identity(backend) if gpu else None
+        identity = proof.identity(backend, torch.cuda.current_device()) if gpu else None
         if facts["identity"].setdefault(backend, identity) != identity:
             raise CommandError(f"--json: {args.json} is of another device or another version")
         ops = [op for op in args.op if _written(op, backend)]

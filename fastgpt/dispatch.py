@@ -126,9 +126,12 @@ def implementation(op: str, backend: str) -> ModuleType:
 
 @functools.cache
 def proven(backend: str, op: str) -> bool:
-    """Whether the parity of GPU kernels is on record for the current device."""
-    chip = proof.architecture()
-    return bool(chip) and ((backend, op, chip) in PROVEN or op in proof.load(proof.identity(backend)))
+    """Whether the parity of GPU kernels is on record for the GPUs that torch sees, each of them."""
+    gpus = range(torch.cuda.device_count())
+    return bool(gpus) and all(
+        (backend, op, proof.architecture(gpu)) in PROVEN or op in proof.load(proof.identity(backend, gpu))
+        for gpu in gpus
+    )
 
 
 def _reasons(call: Call, backend: str) -> list[str]:
@@ -175,11 +178,11 @@ def resolve(call: Call, name: str) -> str:
         if not refused[candidate]:
             if candidate not in GPU_KERNELS or proven(candidate, call.op):
                 return candidate
-            chip = proof.architecture()
+            chip = " and ".join(sorted(set(map(proof.architecture, range(torch.cuda.device_count())))))
             refused[candidate] = [f"its parity on {chip} is not on record"]
             _say_once(
                 logging.WARNING,
-                f"fastgpt: `auto` passes over {candidate} kernels whose parity on this {chip} is not on "
+                f"fastgpt: `auto` passes over {candidate} kernels whose parity on {chip} is not on "
                 f"record: run `fastgpt verify` once, or ask for backend={candidate!r}",
             )
         if any("FASTGPT_CPU_ISA" in reason for reason in refused[candidate]):

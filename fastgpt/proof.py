@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 
 
-def architecture() -> str:
-    """Of the current GPU: sm_90, gfx942, ...; empty where there is none."""
-    if not torch.cuda.is_available():
-        return ""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+def architecture(device: torch.device | int) -> str:
+    """Of a GPU: sm_90, gfx942, ..."""
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
@@ -50,12 +48,12 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(backend: str) -> dict[str, str]:
-    """What a proof made here holds for."""
+def identity(backend: str, device: torch.device | int) -> dict[str, str]:
+    """What a proof made on this GPU holds for."""
     return {
         "backend": backend,
-        "device": torch.cuda.get_device_name(),
-        "architecture": architecture(),
+        "device": torch.cuda.get_device_name(device),
+        "architecture": architecture(device),
         "driver": _driver(),
         "torch": torch.__version__,
         "triton": _version("triton"),

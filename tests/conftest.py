@@ -13,7 +13,9 @@ from hypothesis import Phase, settings
 settings.register_profile("test", max_examples=25, deadline=None)
 settings.register_profile("nightly", max_examples=600, deadline=None)
 # Nor is a failing case made smaller there, which took minutes.
-settings.register_profile("interpreter", max_examples=3, deadline=None, phases=[Phase.explicit, Phase.generate])
+settings.register_profile(
+    "interpreter", max_examples=3, deadline=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "test")
 
 

@@ -107,8 +107,9 @@ def gpu(monkeypatch, tmp_path):
     """A machine with a GPU, of which the user's cache says nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(dispatch, "_said", set())
-    monkeypatch.setattr(proof, "architecture", lambda: "sm_90")
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(proof, "architecture", ("sm_90", "sm_80").__getitem__)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", ("a GPU", "another").__getitem__)
     kernels = types.SimpleNamespace(unsupported=lambda call: [])
     known = dispatch.implementation
     monkeypatch.setattr(dispatch, "unavailable", lambda backend: "not built" if backend == "cuda" else None)
@@ -128,7 +129,7 @@ def test_auto_takes_gpu_kernels_once_their_parity_is_on_record(gpu, caplog, monk
     assert "`auto` passes over triton kernels" in said.message and "`fastgpt verify`" in said.message
     assert dispatch.resolve(asked, "triton") == "triton"  # by name, an unproven kernel runs
 
-    file = proof.save(proof.identity("triton"), ["attention", "norm"])
+    file = proof.save(proof.identity("triton", 0), ["attention", "norm"])
     dispatch.proven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "triton"
     assert not dispatch.proven("triton", "decode") and not dispatch.proven("cuda", "attention")
@@ -140,10 +141,17 @@ def test_auto_takes_gpu_kernels_once_their_parity_is_on_record(gpu, caplog, monk
     dispatch.proven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "triton"
 
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # a tensor may be on either
+    dispatch.proven.cache_clear()
+    assert dispatch.resolve(asked, "auto") == "torch"
+    proof.save(proof.identity("triton", 1), ["attention"])
+    dispatch.proven.cache_clear()
+    assert dispatch.resolve(asked, "auto") == "triton"
+
 
 @pytest.mark.parametrize("changed", ["device", "architecture", "driver", "torch", "triton", "fastgpt"])
 def test_a_proof_holds_for_what_it_was_made_with(gpu, changed):
-    identity = proof.identity("triton")
+    identity = proof.identity("triton", 0)
     proof.save(identity, ["norm"])
     assert proof.load(identity) == ["norm"]
     other = identity | {changed: "another"}

@@ -20,7 +20,7 @@ def table(monkeypatch):
     used = []
 
     def function(x, width):
-        used.append(launch.choose(rows, width, "forward"))
+        used.append(launch.choose(rows, width, "forward", "sm_86"))
         return (x if used[-1].block_n >= 32 else x + 1, None)
 
     def do_bench(run):
@@ -32,7 +32,6 @@ def table(monkeypatch):
 
     monkeypatch.setattr(launch, "_found", {})
     monkeypatch.setattr(launch, "_rows", {})
-    monkeypatch.setattr(launch, "architecture", lambda: "sm_86")
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     return function, used
 

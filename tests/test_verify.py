@@ -106,9 +106,10 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(dispatch, "unavailable", lambda name: None if name == "triton" else "not built")
     monkeypatch.setattr(cli, "_written", lambda op, backend: True)
-    monkeypatch.setattr(proof, "identity", lambda backend: identity)
+    monkeypatch.setattr(proof, "identity", lambda backend, device: identity)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr(cli, "_gpu_jobs", lambda: 1)
     monkeypatch.setattr("fastgpt.bench.machine.describe", lambda: {})
 

@@ -8,12 +8,18 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from fastgpt import proof
+
+_C = TypeVar("_C")
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # decided when kernels are decorated
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR = 16  # bytes that a thread loads at once
 LEAST_SCALE = 1e-37  # by which −inf can be multiplied: less may be 0 in fp32
@@ -33,9 +39,9 @@ def refusals(
 ) -> list[str]:
     """Why Triton kernels that have the ``supported`` features cannot serve a call."""
     reasons = []
-    if device == "cpu" and not triton.knobs.runtime.interpret:
+    if device == "cpu" and not INTERPRETED:
         reasons.append("the tensors are on the CPU, where Triton runs under TRITON_INTERPRET=1 alone")
-    if device == "cuda" and triton.knobs.runtime.interpret:
+    if device == "cuda" and INTERPRETED:
         reasons.append("the tensors are on a GPU, and TRITON_INTERPRET=1 has Triton's kernels run on the CPU")
     if device not in ("cpu", "cuda"):
         reasons.append(f"the tensors are on {device}, not on a GPU")
@@ -47,75 +53,71 @@ def refusals(
     return reasons + [f"{name} is not written for the Triton kernels yet" for name in missing]
 
 
+class Chip(NamedTuple):
+    """What the launchers ask about a GPU."""
+
+    architecture: str  # the key of launch tables: sm_90, gfx942, ...; "interpreter" under TRITON_INTERPRET=1
+    multiprocessors: int
+
+    @property
+    def warp_size(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.architecture.startswith("gfx9") else 32
+
+    @property
+    def precision(self) -> str:
+        """Of products of fp32: see fastgpt.ops.device.dot."""
+        return "ieee" if self.architecture.startswith("gfx") else "tf32x3"
+
+    @property
+    def tma(self) -> bool:
+        """Whether it copies tiles by tensor descriptors."""
+        return self.architecture == "interpreter" or (
+            self.architecture.startswith("sm_") and int(self.architecture[3:]) >= 90
+        )
+
+
 @functools.cache
-def _architecture(index: int) -> str:
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+def _chip(device: torch.device) -> Chip:
+    if INTERPRETED:
+        return Chip("interpreter", 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(proof.architecture(device), properties.multi_processor_count)
 
 
-def architecture() -> str:
-    """The key of launch tables: sm_90, gfx942, ...; ``interpreter`` under TRITON_INTERPRET=1."""
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    if _compiling is not None:
-        return _compiling.architecture
-    return _architecture(torch.cuda.current_device())
+def chip(device: torch.device) -> Chip:
+    """The GPU that a tensor is on; while compiling, the one that is compiled for."""
+    return _chip(device) if _compiling is None else _compiling.chip
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def multiprocessors() -> int:
-    """Of the current GPU; 4 under TRITON_INTERPRET=1, an H100's while compiling for chips that need not be
-    there."""
-    if triton.knobs.runtime.interpret:
-        return 4
-    if _compiling is not None:
-        return 132
-    return _multiprocessors(torch.cuda.current_device())
-
-
-def warp_size() -> int:
-    """Threads of a warp."""
-    return 64 if architecture().startswith("gfx9") else 32
-
-
-def precision() -> str:
-    """Of products of fp32: see fastgpt.ops.device.dot."""
-    return "ieee" if architecture().startswith("gfx") else "tf32x3"
-
-
-def has_tma() -> bool:
-    """Whether the chip copies tiles by tensor descriptors."""
-    arch = architecture()
-    return arch == "interpreter" or (arch.startswith("sm_") and int(arch[3:]) >= 90)
-
-
-Key = tuple[int, int, str]  # of a row on this chip: its table's id, width and direction
-_rows: dict[tuple[int, str, int, str], tuple[Key, Config]] = {}  # looked up before
+Key = tuple[int, str, int, str]  # of a row: its table's id, chip, width and direction
+_rows: dict[Key, tuple[Key, Config]] = {}  # looked up before, by the width that was asked for
 _found: dict[Key, Config] = {}  # what FASTGPT_AUTOTUNE=1 tries, or has found
 _asked: dict[Key, Config] | None = None  # while it looks which rows a call asks for
 
 
-def choose(table: Mapping[tuple[str, int, str], Config], width: int, direction: str) -> Config:
-    """The table's row for this chip or, where it has none for the direction, of ``default``: that of the
-    least width that is enough."""
-    arch = architecture()
-    if (id(table), arch, width, direction) not in _rows:
-        known = any(key[0] == arch and key[2] == direction for key in table)
-        rows = {
-            key[1]: row
-            for key, row in table.items()
-            if key[0] == (arch if known else "default") and key[2] == direction
-        }
-        enough = min(w for w in rows if w >= width)
-        _rows[id(table), arch, width, direction] = (id(table), enough, direction), rows[enough]
-    key, row = _rows[id(table), arch, width, direction]
+def choose(
+    table: Mapping[tuple[str, int, str], Config], width: int, direction: str, architecture: str
+) -> Config:
+    """The table's row of the least width that is enough: of this chip's, or else of ``default``."""
+    asked = id(table), architecture, width, direction
+    if asked not in _rows:
+        for name in (architecture, "default"):
+            rows = {w: row for (own, w, kind), row in table.items() if (own, kind) == (name, direction)}
+            if enough := [w for w in rows if w >= width]:
+                break
+        _rows[asked] = (id(table), architecture, min(enough), direction), rows[min(enough)]
+    key, row = _rows[asked]
     if _asked is not None:
         _asked[key] = row
     return _found.get(key, row)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def constants(kind: Callable[..., _C], *values: Any) -> _C:
+    """The NamedTuple ``kind`` of constexprs. For the same values it is the same object: Triton finds a kernel
+    by its arguments, and comparing other objects with them takes longer than all else that a launch does."""
+    return kind(*map(tl.constexpr, values))
 
 
 def tuned(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,31 +164,42 @@ def _search(key: Key, row: Config, run: Callable[[], Any], expected: Any) -> Non
     )
     best = fastest(best._replace(num_stages=stages) for stages in (1, 2, 3, 4))
     _found[key] = best
-    entry = f'("{architecture()}", {key[1]}, "{key[2]}"): Config{tuple(best)},'
+    entry = f'("{key[1]}", {key[2]}, "{key[3]}"): Config{tuple(best)},'
     print(f"{entry}  # {times[best]:.4f} ms, by {tuple(row)} {times[row]:.4f}", flush=True)
 
 
+@functools.cache
 @functools.cache
 def block_dim(headdim: int) -> int:
     """The power of two that holds a row; tl.dot wants 16 at least."""
     return max(16, triton.next_power_of_2(headdim))
 
 
-def vector_multiple(*tensors: Tensor) -> int:
-    """Elements of 16 bytes, if that divides every stride but the last of these tensors of one dtype, or 1."""
-    if any(t.data_ptr() % VECTOR for t in tensors):
-        return 1
-    return multiple([stride for t in tensors for stride in t.stride()[:-1]], tensors[0].element_size())
+def strides(*tensors: Tensor | None) -> list[int]:
+    """Of (batch, seqlen, nheads, headdim) or packed (total, nheads, headdim): by batch, 0 if packed, sequence
+    and head. All 0 of None."""
+    found: list[int] = []
+    for t in tensors:
+        found += (0, 0, 0) if t is None else t.stride()[:3] if t.dim() == 4 else (0, *t.stride()[:2])
+    return found
 
 
-def multiple(strides: Iterable[int], element_size: int) -> int:
-    """The same of strides."""
+def stride_multiple(strides: Iterable[int], element_size: int) -> int:
+    """Elements of 16 bytes, if that divides all of these strides, or 1."""
     vector = VECTOR // element_size
     return vector if all(stride % vector == 0 for stride in strides) else 1
 
 
+def vector_multiple(*tensors: Tensor) -> int:
+    """Elements of 16 bytes, if that divides the address and every stride but the last of these tensors of one
+    dtype, or 1."""
+    if any(t.data_ptr() % VECTOR for t in tensors):
+        return 1
+    return stride_multiple([stride for t in tensors for stride in t.stride()[:-1]], tensors[0].element_size())
+
+
 class _Compiling(NamedTuple):
-    architecture: str
+    chip: Chip
     kernels: list[Any]  # triton.compiler.CompiledKernel
 
 
@@ -212,10 +225,11 @@ def launch(
     constants |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if _compiling is not None:
         _compiling.kernels.append(kernel.warmup(*args, grid=(programs,), **constants))
-    elif triton.knobs.runtime.interpret:
+    elif INTERPRETED:
         kernel[(programs,)](*args, **constants)
     else:
-        with torch.cuda.device(device):
+        elsewhere = device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
             # In a context of its own: the allocator that the user may have set stays.
             contextvars.copy_context().run(_run, kernel, programs, args, constants)
 
@@ -249,8 +263,8 @@ def compile_only(backend: str, arch: int | str, warp_size: int) -> Iterator[list
         The list to which each launch adds its ``triton.compiler.CompiledKernel``.
     """
     global _compiling
-    key = f"sm_{arch}" if backend == "cuda" else str(arch)
-    _compiling = _Compiling(key, [])
+    # With as many multiprocessors as an H100 has.
+    _compiling = _Compiling(Chip(f"sm_{arch}" if backend == "cuda" else str(arch), 132), [])
     drivers, before = triton.runtime.driver, triton.runtime.driver._active
     drivers.set_active(_Offline(backend, arch, warp_size))
     try:

@@ -391,7 +391,7 @@ def variant_results(
 ) -> list[Result]:
     """(what, got, plain, exact) of out, lse and every gradient. With ``by_reference``, that is what plain and
     exact are from, and backward's error has the rounding of the out that it takes in both. It keeps p and ds
-    in fp32; matrix units take them in the dtype, as plain PyTorch does, and there the worse of both counts."""
+    in fp32; matrix units take them in the dtype, as plain PyTorch does: there the worse of both counts."""
     inputs, fixed = variant_tensors(variant, dtype)
     q, v = (t for t in (inputs[0], inputs[2]) if t is not None)
     dout = variant.case.laid_out(torch.randn(variant.case.batch, *q.shape[-3:-1], v.shape[-1]).to(dtype))

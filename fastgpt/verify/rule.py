@@ -64,11 +64,21 @@ def judge(draw: Callable[[], list[Result]]) -> dict[str, float]:
     """:func:`assert_parity` of what ``draw`` gives for fresh random inputs, by name.
 
     Over a few elements the error of plain PyTorch is a matter of luck, and may be 0. There, several draws are
-    judged as one.
+    judged as one: 64 elements, or 16 draws. One case in a thousand still has bad luck in 64 (seen, of correct
+    kernels); so where they fail, they are judged once more among 4 times as many.
     """
     draws = [draw()]
     fewest = min((exact.numel() for *_, exact in draws[0] if exact.numel()), default=64)
     draws += [draw() for _ in range(min(64 // fewest, 16) - 1)]
+    try:
+        return _judged(draws)
+    except ParityError:
+        if fewest >= 256:
+            raise
+    return _judged(draws + [draw() for _ in range(3 * len(draws))])
+
+
+def _judged(draws: list[list[Result]]) -> dict[str, float]:
     shares = {}
     for results in zip(*draws, strict=True):
         what = results[0][0]

@@ -330,6 +330,7 @@ def _forward_tiles(
     return m, l, acc
 
 
+DBIAS_PROGRAMS = 4  # of attention_dbias that a multiprocessor has, if there is as much to do
 ROWS = tl.constexpr(128)  # of queries, of which the backward kernels take some at a time
 
 # A new length or stride compiles nothing.
@@ -690,11 +691,11 @@ def attention_dkdv(
     )
 
 
-@triton.jit(do_not_specialize=[*_numbers("q k v do"), "bias_b", "bias_h", "bias_q", "bias_k"])
+@triton.jit(do_not_specialize=[*_numbers("q k v do"), "parts", "bias_b", "bias_h", "bias_q", "bias_k"])
 def attention_dbias(
     Q, K, V, dOut, Lse2, Delta, dBias, tensors,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_dob, stride_dos, stride_doh, bias_b, bias_h, bias_q, bias_k,
+    stride_dob, stride_dos, stride_doh, parts, bias_b, bias_h, bias_q, bias_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_alibi_b,
     batch, nheads, group, seqlen_q, seqlen_k, window_left, window_right, softmax_scale, softcap,
     dropout_threshold, dropout_scale,
@@ -703,51 +704,60 @@ def attention_dbias(
     """dbias = ds (_ds_tile), summed over what the bias is broadcast over, of one tile of it:
     attention_forward's derivative by attn_bias.
 
-    dBias: (bias_b, bias_h, bias_q, bias_k), contiguous, fp32, zero-filled; not broadcast over the batch where
-    leftpad_k makes a column another key in every sequence.
+    dBias: (parts, bias_b, bias_h, bias_q, bias_k), contiguous, fp32, zero-filled: each part is over some of
+    the sequences and heads that the bias is broadcast over. Not broadcast over the batch where leftpad_k
+    makes a column another key in every sequence.
     """
     blocks_q = tl.cdiv(bias_q, C.BLOCK_M)
     blocks_k = tl.cdiv(bias_k, C.BLOCK_N)
     tile = tl.program_id(0)
     first_j = tile % blocks_k * C.BLOCK_N
     first_i = tile // blocks_k % blocks_q * C.BLOCK_M
-    first_h = tile // (blocks_k * blocks_q) % bias_h
-    first_b = tile // (blocks_k * blocks_q) // bias_h
+    bias_row = tile // (blocks_k * blocks_q)  # of (parts, bias_b, bias_h)
+    part = bias_row // (bias_b * bias_h)
+    first_h = bias_row % bias_h
+    first_b = bias_row // bias_h % bias_b
     # What the bias has one of, it has for all.
-    end_b = tl.where(bias_b == 1, batch, first_b + 1)
-    end_h = tl.where(bias_h == 1, nheads, first_h + 1)
+    heads = tl.where(bias_h == 1, nheads, 1)
+    pairs = tl.where(bias_b == 1, batch, 1) * heads
     end_i = tl.where(bias_q == 1, seqlen_q, tl.minimum(first_i + C.BLOCK_M, seqlen_q))
     end_j = tl.where(bias_k == 1, seqlen_k, tl.minimum(first_j + C.BLOCK_N, seqlen_k))
     rows_m = tl.arange(0, C.BLOCK_M)
     rows_n = tl.arange(0, C.BLOCK_N)
     dbias = tl.full((C.BLOCK_M, C.BLOCK_N), 0.0, tl.float32)
-    for b in tl.range(first_b, end_b):
+    for pair in tl.range(pairs * part // parts, pairs * (part + 1) // parts):
+        b = first_b + pair // heads
+        h = first_h + pair % heads
         first_k, sk = _key_rows(b, None, tensors.seqused_k, tensors.leftpad_k, seqlen_k)
-        for h in tl.range(first_h, end_h):
-            spec = _scores(
-                b, h, seqlen_q, sk, tensors, nheads, stride_bias_b, stride_bias_h, stride_bias_q,
-                stride_bias_k, stride_alibi_b, window_left, window_right, softmax_scale, softcap,
-                dropout_threshold, dropout_scale,
+        spec = _scores(
+            b, h, seqlen_q, sk, tensors, nheads, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+            stride_alibi_b, window_left, window_right, softmax_scale, softcap, dropout_threshold,
+            dropout_scale,
+        )  # fmt: skip
+        q_base = Q + _start(b, 0, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
+        do_base = dOut + _start(b, 0, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
+        k_base = K + _start(b, first_k, h // group, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
+        v_base = V + _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
+        k_rows = rows_from(k_base, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
+        v_rows = rows_from(v_base, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
+        at = _row_start(b, h, None, batch, nheads, seqlen_q)
+        for i_block in tl.range(first_i, end_i, C.BLOCK_M):
+            i = i_block + rows_m
+            q = _factor(q_base, i_block, seqlen_q, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
+            dout = _factor(do_base, i_block, seqlen_q, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
+            lse = tl.load(Lse2 + at + i)
+            delta = tl.load(Delta + at + i)
+            last = tl.minimum(i_block + C.BLOCK_M, seqlen_q) - 1
+            begin, _, _, end = in_sight(
+                i_block, last, sk - seqlen_q, sk, window_left, window_right, C.HAS_LEFT, C.HAS_RIGHT,
+                C.BLOCK_N,
             )  # fmt: skip
-            q_base = Q + _start(b, 0, h, stride_qb, stride_qs, stride_qh, C.MULTIPLE)
-            do_base = dOut + _start(b, 0, h, stride_dob, stride_dos, stride_doh, C.MULTIPLE)
-            k_base = K + _start(b, first_k, h // group, stride_kb, stride_ks, stride_kh, C.MULTIPLE)
-            v_base = V + _start(b, first_k, h // group, stride_vb, stride_vs, stride_vh, C.MULTIPLE)
-            k_rows = rows_from(k_base, sk, stride_ks, C.HEADDIM, C.BLOCK_N, C.BLOCK_D, C.TMA)
-            v_rows = rows_from(v_base, sk, stride_vs, C.HEADDIM_V, C.BLOCK_N, C.BLOCK_DV, C.TMA)
-            at = _row_start(b, h, None, batch, nheads, seqlen_q)
-            for i_block in tl.range(first_i, end_i, C.BLOCK_M):
-                i = i_block + rows_m
-                q = _factor(q_base, i_block, seqlen_q, stride_qs, C.HEADDIM, C.BLOCK_M, C.BLOCK_D, C)
-                dout = _factor(do_base, i_block, seqlen_q, stride_dos, C.HEADDIM_V, C.BLOCK_M, C.BLOCK_DV, C)
-                lse = tl.load(Lse2 + at + i)
-                delta = tl.load(Delta + at + i)
-                for j_block in tl.range(first_j, end_j, C.BLOCK_N):
-                    ds, _, _ = _ds_tile(
-                        q, dout, lse, delta, i, j_block, k_rows, v_rows, stride_ks, stride_vs, spec, tensors,
-                        C, True,
-                    )  # fmt: skip
-                    dbias += ds
+            for j_block in tl.range(tl.maximum(first_j, begin), tl.minimum(end_j, end), C.BLOCK_N):
+                ds, _, _ = _ds_tile(
+                    q, dout, lse, delta, i, j_block, k_rows, v_rows, stride_ks, stride_vs, spec, tensors, C,
+                    True,
+                )  # fmt: skip
+                dbias += ds
     i = first_i + rows_m
     j = first_j + rows_n
     if bias_q == 1:
@@ -756,7 +766,7 @@ def attention_dbias(
         dbias = tl.where((rows_n == 0)[None, :], tl.sum(dbias, 1)[:, None], 0.0)
     elif tensors.leftpad_k is not None:
         j += tl.load(tensors.leftpad_k + first_b)
-    row = ((tl.cast(first_b, tl.int64) * bias_h + first_h) * bias_q + i) * bias_k
+    row = (tl.cast(bias_row, tl.int64) * bias_q + i) * bias_k
     tl.store(dBias + row[:, None] + j[None, :], dbias, mask=(i < bias_q)[:, None] & (j < bias_k)[None, :])
 
 
@@ -772,17 +782,14 @@ def _normalized(tensors: AttentionTensors) -> AttentionTensors:
 
     lengths = (contiguous(t, torch.int32) for t in tensors[:4])
     heads = (contiguous(t, torch.float32) for t in (tensors.alibi_slopes, tensors.sink))
-    return AttentionTensors._make((*lengths, *heads, _bias(tensors.attn_bias), tensors.rng_state))
+    return AttentionTensors._make(
+        (*lengths, *heads, _bias(tensors.attn_bias), contiguous(tensors.rng_state, torch.int64))
+    )
 
 
 def _multiple(*tensors: Tensor) -> int:
     """launch.vector_multiple, and 1 where rows lie on each other, which no tensor descriptor describes."""
     return launch.vector_multiple(*tensors) if all(t.stride(-3) for t in tensors) else 1
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """By batch (0 if packed), sequence and head."""
-    return [stride for t in tensors for stride in ((0,) * (4 - t.dim()) + t.stride()[:-1])]
 
 
 def _common(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: AttentionTensors) -> list[Any]:
@@ -807,6 +814,7 @@ def _constants(
     q: Tensor, v: Tensor, spec: AttentionSpec, multiple: int, kernel: str
 ) -> tuple[_Constants, Config]:
     block_d, block_dv = launch.block_dim(q.shape[-1]), launch.block_dim(v.shape[-1])
+    chip = launch.chip(q.device)
     plain = not (spec.softcap or spec.alibi or spec.bias) and spec.softmax_scale > launch.LEAST_SCALE
     if kernel in ("forward", "dq", "dkdv"):
         simple, general, fp32 = _SCORES
@@ -814,13 +822,13 @@ def _constants(
         kernel += fp32 if q.dtype == torch.float32 else simple if is_simple else general
         if kernel == "dkdv" and spec.varlen:
             kernel = "dkdv packed"
-    config = launch.choose(CONFIGS, max(block_d, block_dv), kernel)
+    config = launch.choose(CONFIGS, max(block_d, block_dv), kernel, chip.architecture)
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
     width = max(block_d, block_dv)
     chunked = width > CHUNK.value if q.dtype == torch.float32 else kernel == "dkdv general"
-    loads = multiple, multiple > 1 and launch.has_tma() and not chunked, chunked
-    return _Constants(*map(tl.constexpr, (*sizes, *flags, *loads, launch.precision()))), config
+    loads = multiple, multiple > 1 and chip.tma and not chunked, chunked
+    return launch.constants(_Constants, *sizes, *flags, *loads, chip.precision), config
 
 
 def _grid(t: Tensor, cu_seqlens: Tensor | None, block: int) -> tuple[int, int, int]:
@@ -840,7 +848,7 @@ def forward(
     tensors = _normalized(tensors)
     constants, config = _constants(q, v, spec, _multiple(q, k, v, out), "forward")
     programs = math.prod(_grid(q, tensors.cu_seqlens_q, config.block_m))
-    args = (q, k, v, out, lse, tensors, *_strides(q, k, v, out), *_common(q, k, spec, tensors))
+    args = (q, k, v, out, lse, tensors, *launch.strides(q, k, v, out), *_common(q, k, spec, tensors))
     launch.launch(attention_forward, programs, config, q.device, *args, constants)
     return out, lse
 
@@ -857,14 +865,20 @@ def _bias_gradient(
     shape = list(bias.shape)
     if tensors.leftpad_k is not None and shape[3] > 1:
         shape[0] = q.shape[0]
-    dbias = torch.zeros(shape, dtype=torch.float32, device=q.device)
     constants, config = _constants(q, v, spec, multiple, "dbias")
-    programs = (
+    tiles = (
         shape[0] * shape[1] * triton.cdiv(shape[2], config.block_m) * triton.cdiv(shape[3], config.block_n)
     )
-    numbers = (*_strides(q, k, v, dout), *shape, *_common(q, k, spec, tensors))
-    launch.launch(attention_dbias, programs, config, q.device, *args, dbias, tensors, *numbers, constants)
-    return dbias.sum_to_size(bias.shape).to(bias.dtype)
+    # A tile of a bias that all share has much to sum: in as many parts as fill the chip.
+    pairs = math.prod(full for own, full in zip(shape, (q.shape[0], q.shape[2]), strict=False) if own == 1)
+    wanted = DBIAS_PROGRAMS * launch.chip(q.device).multiprocessors
+    parts = max(1, min(pairs, triton.cdiv(wanted, max(tiles, 1))))
+    dbias = torch.zeros((parts, *shape), dtype=torch.float32, device=q.device)
+    numbers = (*launch.strides(q, k, v, dout), parts, *shape, *_common(q, k, spec, tensors))
+    launch.launch(
+        attention_dbias, tiles * parts, config, q.device, *args, dbias, tensors, *numbers, constants
+    )
+    return dbias.sum(0).sum_to_size(bias.shape).to(bias.dtype)
 
 
 @launch.tuned
@@ -895,19 +909,19 @@ def backward(
     dsinks = None if sink is None else lse.new_zeros(grid)
     batch, nheads, _, seqlen_q, *_ = common[5:]
     read = (out, dout, lse, dlse, lse2, delta, dsinks, edges_q, tensors.sink)
-    numbers = (*_strides(out, dout), batch, nheads, seqlen_q)
+    numbers = (*launch.strides(out, dout), batch, nheads, seqlen_q)
     launch.launch(attention_rows, math.prod(grid), config, q.device, *read, *numbers, constants)
     dsink = None if sink is None or dsinks is None else dsinks.sum((0, 2)).to(sink.dtype)
 
     constants, config = _constants(q, v, spec, multiple, "dkdv")
     args = (q, k, v, dout, lse2, delta)
     programs = math.prod(_grid(k, edges_k, config.block_n))
-    numbers = (*_strides(q, k, v, dout, dk, dv), *common)
+    numbers = (*launch.strides(q, k, v, dout, dk, dv), *common)
     launch.launch(attention_dkdv, programs, config, q.device, *args, dk, dv, tensors, *numbers, constants)
 
     constants, config = _constants(q, v, spec, multiple, "dq")
     programs = math.prod(_grid(q, edges_q, config.block_m))
-    numbers = (*_strides(q, k, v, dout, dq), *common)
+    numbers = (*launch.strides(q, k, v, dout, dq), *common)
     launch.launch(attention_dq, programs, config, q.device, *args, dq, tensors, *numbers, constants)
 
     dbias = None

@@ -144,6 +144,7 @@ class _Sequence(NamedTuple):
     table: Any  # the sequence's pages, or None
     pad: Any  # rows before the first key
     cached: Any  # keys before the append
+    positions: Any  # that the rotary tables have
     shift: Any  # keys after the append, less the queries
     window_left: Any
     window_right: Any
@@ -224,8 +225,9 @@ def _in_vectors(column, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _rotated(x, base, offsets, inside, positions, cos, sin, C: tl.constexpr):
-    """x, the rows of HEADDIM elements at base + offsets, rotated as at ``positions``."""
+def _rotated(x, base, offsets, inside, positions, known, cos, sin, C: tl.constexpr):
+    """x, the rows of HEADDIM elements at base + offsets, rotated as at ``positions``: NaN from ``known`` on,
+    which cos and sin have no rows for."""
     column = tl.arange(0, C.BLOCK_D)
     if C.INTERLEAVED:
         first = column % 2 == 0
@@ -237,11 +239,12 @@ def _rotated(x, base, offsets, inside, positions, cos, sin, C: tl.constexpr):
         pair = _in_vectors(tl.where(first, column, other), C.PAIRS)
     turned = inside[:, None] & (column < 2 * C.PAIRS)[None, :]
     table = (tl.cast(positions, tl.int64) * C.PAIRS)[:, None] + pair[None, :]
+    has_row = turned & (positions < known)[:, None]
     y = rotate(
         x.to(tl.float32),
         tl.load(base + offsets[:, None] + other[None, :], mask=turned, other=0.0).to(tl.float32),
-        tl.load(cos + table, mask=turned, other=0.0).to(tl.float32),
-        tl.load(sin + table, mask=turned, other=0.0).to(tl.float32),
+        tl.load(cos + table, mask=has_row, other=float("nan")).to(tl.float32),
+        tl.load(sin + table, mask=has_row, other=float("nan")).to(tl.float32),
         first[None, :],
     )
     return tl.where(turned, cast(y, x.dtype), x)
@@ -293,7 +296,7 @@ def _new_tiles(
         k = gather_rows(K, k_offsets, inside, C.HEADDIM, C.BLOCK_D, True)
         v = gather_rows(V, v_offsets, inside, C.HEADDIM_V, C.BLOCK_DV, True)
         if C.PAIRS > 0:
-            k = _rotated(k, K, k_offsets, inside, at.pad + j, cos, sin, C)
+            k = _rotated(k, K, k_offsets, inside, at.pad + j, at.positions, cos, sin, C)
         k = _stored(k, at.k_descale, at.K.dtype.element_ty)
         v = _stored(v, at.v_descale, at.V.dtype.element_ty)
         page, start, rows = _places(first, inside, at, C, True)
@@ -319,6 +322,8 @@ def _strides(names: str) -> list[str]:
         "group",
         "seqlen_q",
         "seqlen_new",
+        "capacity",
+        "positions",
         "splits",
         "window_left",
         "window_right",
@@ -353,6 +358,8 @@ def decode_forward(
     group,
     seqlen_q,
     seqlen_new,
+    capacity,
+    positions,
     splits,
     window_left,
     window_right,
@@ -382,8 +389,8 @@ def decode_forward(
     before = tl.load(tensors.cache_seqlens + b)
     pad = _of_head(tensors.cache_leftpad, b, 0, 1, 0)
     cached = before - pad
-    seqlen_k = cached + seqlen_new
-    shift = seqlen_k - seqlen_q
+    seqlen_k = tl.minimum(cached + seqlen_new, capacity - pad)  # beyond it nothing is read or written
+    shift = cached + seqlen_new - seqlen_q
     low, high, _, _ = key_range(
         0, seqlen_q - 1, shift, seqlen_k, window_left, window_right, C.HAS_LEFT, C.HAS_RIGHT
     )
@@ -417,6 +424,7 @@ def decode_forward(
         table,
         pad,
         cached,
+        positions,
         shift,
         window_left,
         window_right,
@@ -433,7 +441,7 @@ def decode_forward(
         position = before + i
         if not (C.HAS_LEFT or C.HAS_RIGHT):
             position = before + i * 0
-        q = _rotated(q, Q, q_offsets, valid, position, tensors.rotary_cos, tensors.rotary_sin, C)
+        q = _rotated(q, Q, q_offsets, valid, position, positions, tensors.rotary_cos, tensors.rotary_sin, C)
 
     m = tl.full((C.BLOCK_M,), -INF, tl.float32)
     l = tl.full((C.BLOCK_M,), 0.0, tl.float32)
@@ -571,7 +579,7 @@ def _plan(
     q·k times a number, but for softcap."""
     batch, seqlen_q, nheads, headdim = q_shape
     page_size, nheads_k = cache_shape[1:3]
-    constants = _Constants(
+    constants = (
         headdim,
         headdim_v,
         launch.block_dim(headdim),
@@ -588,15 +596,15 @@ def _plan(
         spec.rotary_interleaved,
         0 if pages is None else page_size,
         pages is not None and page_size % config.block_n == 0 and not padded,
-        launch.multiple(strides[:3] + strides[9:], q_bytes),
-        launch.multiple(strides[3:9], cache_bytes),
+        launch.stride_multiple(strides[:3] + strides[9:], q_bytes),
+        launch.stride_multiple(strides[3:9], cache_bytes),
         precision,
     )
     tiles = triton.cdiv(seqlen_q * (nheads // nheads_k), config.block_m)
     programs = batch * nheads_k * (tiles if seqlen_new is None else max(tiles, 1))
     keys = page_size * (1 if pages is None else pages)
     splits = _splits(spec, seqlen_q, seqlen_new or 0, keys, programs, config.block_n, slots)
-    return _Plan(programs, splits, _Constants(*map(tl.constexpr, constants)))
+    return _Plan(programs, splits, launch.constants(_Constants, *constants))
 
 
 def _normalized(tensors: DecodeTensors) -> DecodeTensors:
@@ -621,22 +629,22 @@ def forward(
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     group = nheads // nheads_k
     width, kind = max(headdim, headdim_v), " fp32" if q.dtype == torch.float32 else ""
-    by_axis = (q, k_cache, v_cache, k, tensors.v)
-    strides = tuple(s for t in by_axis for s in ((0, 0, 0) if t is None else t.stride()[:3]))
-    few_rows, config = True, launch.choose(CONFIGS, width, "decode" + kind)
+    strides = launch.strides(q, k_cache, v_cache, k, tensors.v)
+    chip = launch.chip(q.device)
+    few_rows, config = True, launch.choose(CONFIGS, width, "decode" + kind, chip.architecture)
     if seqlen_q * group > config.block_m:
-        few_rows, config = False, launch.choose(CONFIGS, width, "prefill" + kind)
+        few_rows, config = False, launch.choose(CONFIGS, width, "prefill" + kind, chip.architecture)
     plan = _plan(
         config,
         few_rows,
-        launch.precision(),
-        RESIDENT * launch.multiprocessors(),
+        chip.precision,
+        RESIDENT * chip.multiprocessors,
         q.shape,
         q.element_size(),
         k_cache.shape,
         k_cache.element_size(),
         headdim_v,
-        strides,
+        tuple(strides),
         spec,
         None if k is None else k.shape[1],
         0 if tensors.rotary_cos is None else tensors.rotary_cos.shape[1],
@@ -656,7 +664,8 @@ def forward(
             q.new_empty(batch, nheads, seqlen_q, splits, dtype=torch.float32),
         )
     # Beyond all keys and queries a window hides nothing, and sums with it stay in 32 bits.
-    most = capacity(k_cache, tensors) + seqlen_q + (0 if tensors.k is None else tensors.k.shape[1])
+    keys, seqlen_new = capacity(k_cache, tensors), 0 if k is None else k.shape[1]
+    most = keys + seqlen_q + seqlen_new
     windows = min(spec.window_left, most), min(spec.window_right, most)
     launch.launch(
         decode_forward,
@@ -671,7 +680,9 @@ def forward(
         nheads_k,
         group,
         seqlen_q,
-        0 if k is None else k.shape[1],
+        seqlen_new,
+        keys,
+        0 if tensors.rotary_cos is None else tensors.rotary_cos.shape[0],
         splits,
         *windows,
         spec.softmax_scale,
@@ -679,7 +690,7 @@ def forward(
         plan.constants,
     )
     if splits > 1:
-        merge = launch.choose(CONFIGS, headdim_v, "merge")
+        merge = launch.choose(CONFIGS, headdim_v, "merge", chip.architecture)
         launch.launch(
             decode_merge,
             batch * seqlen_q * nheads,

@@ -227,12 +227,7 @@ def merge_backward(
     tl.store(DLseB + at, _weighted(dlse - w_a * shift, w_b), mask=inside)
 
 
-def _bsh(*outs: Tensor) -> list[int]:
-    """Strides by batch (0 if packed), sequence and head."""
-    return [stride for t in outs for stride in ((0,) * (4 - t.dim()) + t.stride()[:-1])]
-
-
-def _bhs(*lses: Tensor) -> list[int]:
+def _of_lse(*lses: Tensor) -> list[int]:
     """Strides by batch (0 if packed), head and sequence."""
     return [stride for t in lses for stride in ((0,) * (3 - t.dim()) + t.stride())]
 
@@ -240,9 +235,8 @@ def _bhs(*lses: Tensor) -> list[int]:
 def _launch(kernel: Any, tensors: list[Tensor | None], strides: list[int], outs: list[Tensor]) -> None:
     """``outs``: all that have the dtype and layout of out."""
     *_, seqlen, nheads, headdim = outs[0].shape
-    config = launch.choose(CONFIGS, headdim, "merge")
+    config = launch.choose(CONFIGS, headdim, "merge", launch.chip(outs[0].device).architecture)
     block_n = min(config.block_n, launch.block_dim(headdim))
-    constants = config.block_m, block_n, launch.vector_multiple(*outs)
     batch = outs[0].numel() // max(1, seqlen * nheads * headdim)
     launch.launch(
         kernel,
@@ -252,14 +246,14 @@ def _launch(kernel: Any, tensors: list[Tensor | None], strides: list[int], outs:
         *tensors,
         *strides,
         *(nheads, seqlen, headdim),
-        _Constants(*map(tl.constexpr, constants)),
+        launch.constants(_Constants, config.block_m, block_n, launch.vector_multiple(*outs)),
     )
 
 
 @launch.tuned
 def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
-    strides = _bsh(out_a, out_b) + _bhs(lse_a, lse_b)
+    strides = launch.strides(out_a, out_b) + _of_lse(lse_a, lse_b)
     _launch(merge_forward, [out_a, lse_a, out_b, lse_b, out, lse], strides, [out_a, out_b, out])
     return out, lse
 
@@ -270,7 +264,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dout_a, dout_b = (out_a.new_empty(out_a.shape) for _ in range(2))
     dlse_a, dlse_b = (lse_a.new_empty(lse_a.shape) for _ in range(2))
-    strides = _bsh(out_a, out_b, dout) + _bhs(lse_a, lse_b, lse_a if dlse is None else dlse)
+    strides = launch.strides(out_a, out_b, dout) + _of_lse(lse_a, lse_b, lse_a if dlse is None else dlse)
     inputs = [out_a, lse_a, out_b, lse_b, dout, dlse]
     grads = dout_a, dlse_a, dout_b, dlse_b
     _launch(merge_backward, [*inputs, *grads], strides, [out_a, out_b, dout, dout_a])

@@ -468,15 +468,20 @@ def _as_rows(t: Tensor | None) -> Tensor | None:
 
 def _plan(direction: str, hidden: int, *tensors: Tensor | None) -> tuple[Config, _Constants, bool]:
     """How a kernel is launched on ``tensors`` (rows, hidden), and whether the long one."""
-    config = launch.choose(CONFIGS, hidden, direction)
+    present = [t for t in tensors if t is not None]
+    chip = launch.chip(present[0].device)
+    config = launch.choose(CONFIGS, hidden, direction, chip.architecture)
     width = min(config.block_n, launch.block_dim(hidden))
     long = hidden > width and direction != "reduce"
-    threads = launch.warp_size() * config.num_warps
+    threads = chip.warp_size * config.num_warps
     of_a_row = threads if long else max(8, threads // config.block_m)
-    present = [t for t in tensors if t is not None]
     block_n = min(width, of_a_row * launch.VECTOR // present[0].element_size())
     sizes = config.block_m, width // block_n, block_n, width, config.num_stages
-    return config, _Constants(*map(tl.constexpr, (*sizes, launch.vector_multiple(*present)))), long
+    return config, launch.constants(_Constants, *sizes, launch.vector_multiple(*present)), long
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def _stride(t: Tensor | None) -> int:
@@ -507,7 +512,9 @@ def forward(
         config,
         x.device,
         *(x, out, rstd),
-        _Tensors(residual, residual_out, weight=weight, bias=bias, mean=mean, rng_state=rng_state),
+        _Tensors(
+            residual, residual_out, weight=weight, bias=bias, mean=mean, rng_state=_contiguous(rng_state)
+        ),
         *(x.stride(0), _stride(residual), rows, hidden, spec.eps),
         *(philox.threshold(spec.dropout_p), 1 / (1 - spec.dropout_p)),
         constants,
@@ -535,11 +542,12 @@ def backward(
     dout, z, dresidual_out = dout.reshape(-1, hidden), z.reshape(-1, hidden), _as_rows(dresidual_out)
     config, constants, long = _plan("backward", hidden, dout, z, dresidual_out, dx.view(z.shape))
     # As many programs as fit a chip at 128 registers a thread, at most two a multiprocessor.
-    most = launch.multiprocessors() * min(2, 16 // config.num_warps)
+    most = launch.chip(z.device).multiprocessors * min(2, 16 // config.num_warps)
     programs = min(most, triton.cdiv(rows, config.block_m))
     dweight, dbias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
     sums = [None if t is None else t.new_empty(programs, hidden, dtype=torch.float32) for t in (weight, bias)]
-    tensors = _Tensors(None, None, dresidual_out, dresidual, weight, None, sums[0], sums[1], mean, rng_state)
+    state = _contiguous(rng_state)
+    tensors = _Tensors(None, None, dresidual_out, dresidual, weight, None, sums[0], sums[1], mean, state)
     launch.launch(
         norm_backward_long if long else norm_backward,
         programs,

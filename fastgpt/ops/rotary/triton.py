@@ -163,21 +163,10 @@ def rotary(
         tl.store(out + 2 * C.PAIRS + column, tl.load(x + 2 * C.PAIRS + column, mask=mask), mask=mask)
 
 
+@functools.cache
 def _power(n: int) -> int:
     """The least power of two that is enough, 0 for 0."""
     return 1 << (n - 1).bit_length() if n else 0
-
-
-@functools.cache
-def _constants(
-    config: Config, nheads: int, headdim: int, pairs: int, interleaved: bool, conjugate: bool, *multiples: int
-) -> tuple[_Constants, Config]:
-    """And config with as many heads as there are. Remembered: Triton finds its kernel by these objects, and
-    comparing others with them takes longer than all else that a launch does."""
-    heads = min(config.block_n, _power(nheads))
-    config = config._replace(block_m=config.block_m * config.block_n // heads, block_n=heads)
-    sizes = pairs, _power(pairs), headdim, _power(headdim - 2 * pairs), config.block_m, config.block_n
-    return _Constants(*map(tl.constexpr, (*sizes, interleaved, conjugate, *multiples))), config
 
 
 @launch.tuned
@@ -191,17 +180,19 @@ def forward(x: Tensor, spec: RotarySpec, tensors: RotaryTensors) -> Tensor:
     batch = rows if tensors.cu_seqlens is None else tensors.cu_seqlens.shape[0] - 1
     positions, pairs = tensors.cos.shape
     multiples = launch.vector_multiple(x, out), launch.vector_multiple(tensors.cos, tensors.sin)
-    config = launch.choose(CONFIGS, headdim * x.element_size(), "forward")
-    sizes = nheads, headdim, pairs
-    constants, config = _constants(config, *sizes, spec.interleaved, spec.conjugate, *multiples)
-    strides = [stride for t in (x, out) for stride in ((0,) * (4 - t.dim()) + t.stride()[:-1])]
+    architecture = launch.chip(x.device).architecture
+    config = launch.choose(CONFIGS, headdim * x.element_size(), "forward", architecture)
+    heads = min(config.block_n, _power(nheads))  # not more than there are
+    config = config._replace(block_m=config.block_m * config.block_n // heads, block_n=heads)
+    sizes = pairs, _power(pairs), headdim, _power(headdim - 2 * pairs), config.block_m, config.block_n
+    constants = launch.constants(_Constants, *sizes, spec.interleaved, spec.conjugate, *multiples)
     launch.launch(
         rotary,
         rows * -(-seqlen // config.block_m) * -(-nheads // config.block_n),
         config,
         x.device,
         *(x, out, tensors),
-        *strides,
+        *launch.strides(x, out),
         *(tensors.cos.stride(0), tensors.sin.stride(0)),
         *(batch, seqlen, nheads, positions, spec.seqlen_offset),
         constants,
