@@ -115,6 +115,43 @@ def test_a_call_without_queries(batch, seqlen_q, backend):
     assert out.shape == q.shape and torch.equal(cache[0, :, 5:], k) and torch.equal(cache[1, :, 5:], v)
 
 
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton is not available")
+@pytest.mark.parametrize("page_size", [0, 4])
+def test_triton_writes_nothing_beyond_a_full_cache(page_size):
+    """On a GPU no length is checked: keys that have no place are left out."""
+    module = pytest.importorskip("fastgpt.ops.decode.triton")
+    lengths, capacity = [7, 3], 8
+    memory = torch.randn(2, 4, capacity, 1, 16)  # of both caches, with foreign rows before and behind
+    k_cache, v_cache = memory[:, 1:3]
+    before = memory.clone()
+    q, k, v = torch.randn(2, 3, 2, 16), torch.randn(2, 3, 1, 16), torch.randn(2, 3, 1, 16)
+    table = None
+    if page_size:
+        k_cache, v_cache = (c.reshape(4, page_size, 1, 16) for c in (k_cache, v_cache))
+        table = torch.tensor([[0, 1, 999], [2, 3, 999]], dtype=torch.int32)[:, :2]
+    tensors = DecodeTensors(k, v, torch.tensor(lengths, dtype=torch.int32), block_table=table)
+    out, _ = module.forward(q, k_cache, v_cache, DecodeSpec(0.25, window_right=0), tensors)
+    expected = before.clone()
+    for i, new in enumerate((k, v)):
+        for b, length in enumerate(lengths):
+            room = min(3, capacity - length)
+            expected[i, 1 + b, length : length + room] = new[b, :room]
+    assert torch.equal(memory, expected)
+    assert out.isfinite().all()
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton is not available")
+def test_triton_gives_nan_where_the_rotary_tables_end():
+    """On a GPU no length is checked: what lies behind the tables is not read."""
+    module = pytest.importorskip("fastgpt.ops.decode.triton")
+    cache = torch.randn(2, 16, 1, 16)
+    q, k, v = torch.randn(2, 1, 2, 16), torch.randn(2, 1, 1, 16), torch.randn(2, 1, 1, 16)
+    cos, sin = torch.randn(2, 12, 8)[:, :6]
+    tensors = DecodeTensors(k, v, torch.tensor([6, 5], dtype=torch.int32), cos, sin)
+    out, _ = module.forward(q, cache.clone(), cache.clone(), DecodeSpec(0.25, window_right=0), tensors)
+    assert out[0].isnan().all() and out[1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("backend", KERNELS)

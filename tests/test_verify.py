@@ -22,6 +22,18 @@ SMALL = [
 ]
 
 
+def kills_the_gpu(backend, dtype):
+    """The first check of a process that gets here does, and then no other passes in it."""
+    if dtype == torch.float32 or run._answers is gone:
+        run._answers = gone
+        raise RuntimeError("an illegal memory access was encountered")
+    return run._merge_results(merge.MergeCase((2, 3, 4, 7)), backend, dtype)
+
+
+def gone(device):
+    return False
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(run, "_cases", lambda medium: SMALL)
@@ -97,6 +109,13 @@ def test_a_process_that_dies_fails_its_check_alone():
         "float16": "ok",
     }
     assert "died" in verdicts["bfloat16"].reason
+
+
+def test_a_gpu_that_answers_no_more_fails_its_check_alone():
+    checks = [run.Check("merge", "states", "0", torch.float32, kills_the_gpu)]
+    checks += [run.Check("merge", "states", str(n), torch.bfloat16, kills_the_gpu) for n in range(1, 9)]
+    verdicts = {v.case: (v.status, v.fatal) for v in run.run(checks, "reference", "cpu", 2)}
+    assert verdicts == {"0": ("failed", True)} | {str(n): ("ok", False) for n in range(1, 9)}
 
 
 @pytest.fixture

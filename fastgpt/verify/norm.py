@@ -88,7 +88,8 @@ MEDIUM = [
     NormCase((1000,), 8192, bias=False, residual=True),
     NormCase((257,), 16384, dropout_p=0.1),
 ]
-STATE = torch.tensor([2**63 - 25, 2**33 + 5])  # seed and offset of every case's dropout
+# Seed and offset of every case's dropout, not next to each other.
+STATE = torch.tensor([2**63 - 25, 0, 2**33 + 5])[::2]
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:

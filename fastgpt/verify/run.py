@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +178,19 @@ def judged(check: Check, backend: str, device: str) -> Verdict:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+_dead = False  # whether a check of this process was fatal
+
+
+def _judged_alive(check: Check, backend: str, device: str) -> Verdict | None:
+    """The verdict, or None in a process where an earlier check was fatal: there all others fail, too."""
+    global _dead
+    if _dead:
+        return None
+    verdict = judged(check, backend, device)
+    _dead = verdict.fatal
+    return verdict
+
+
 def _answers(device: str) -> bool:
     """Whether a GPU still does: once a kernel has touched foreign memory, not until the process ends."""
     try:
@@ -201,19 +214,17 @@ def run(checks: list[Check], backend: str, device: str, jobs: int) -> Iterator[V
         spawned = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawned, torch.set_num_threads, (threads,)) as pool:
             for future in as_completed(
-                [pool.submit(judged, check, backend, device) for check in todo.values()]
+                [pool.submit(_judged_alive, check, backend, device) for check in todo.values()]
             ):
                 try:
                     verdict = future.result()
-                except CancelledError:
-                    continue
                 except BrokenProcessPool:
                     died = True
                     continue
+                if verdict is None:  # in new processes, then
+                    continue
                 del todo[verdict.key]
                 yield verdict
-                if verdict.fatal:  # the rest in new processes
-                    pool.shutdown(wait=False, cancel_futures=True)
         if died and workers == 1:  # at the first check that has no verdict
             check = todo.pop(next(iter(todo)))
             op, case, dtype, _ = key(check, backend)
