@@ -48,7 +48,10 @@ gpu-compile: $(VENV)/.stamp-dev
 # downloaded. Stages of less than 8 minutes, the most telling first; run again, each goes on where it was stopped.
 GPU_PYTHON ?= python3
 RESULTS ?= benchmarks/results
-DATE ?= $(shell date +%F)
+ifndef DATE
+DATE := $(shell date +%F)
+endif
+export DATE  # that of the first stage, when others end after midnight
 GPU_RUN := env PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m fastgpt.cli
 # $(call named,suffix): $$file is this GPU's of today.
 named = file=$(RESULTS)/$$($(GPU_PYTHON) -c \

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from backends import AVAILABLE
+
+import fastgpt
 
 triton = pytest.importorskip("triton")
 launch = pytest.importorskip("fastgpt.ops.launch")
@@ -49,6 +54,53 @@ def test_a_search_prints_the_row_and_goes_on_with_it(table, monkeypatch, capsys)
     assert len(used) == calls + 2 and used[-1] == Config(128, 32, 4, 3) and capsys.readouterr().out == ""
     tuned(x, 256)
     assert capsys.readouterr().out.startswith('("sm_86", 256, "forward")')
+
+
+def test_a_chips_rows_stand_before_the_defaults():
+    rows = {("default", n, "forward"): Config(n, n, 4, 2) for n in (64, 256)}
+    rows |= {
+        ("default", 256, "backward"): Config(16, 16, 4, 2),
+        ("sm_90", 128, "forward"): Config(1, 2, 8, 3),
+    }
+    chosen = {
+        (width, chip): launch.choose(rows, width, "forward", chip).block_m
+        for width in (1, 64, 65, 128, 129, 256)
+        for chip in ("sm_90", "sm_80")
+    }
+    assert [chosen[w, "sm_90"] for w in (1, 64, 65, 128, 129, 256)] == [1, 1, 1, 1, 256, 256]
+    assert [chosen[w, "sm_80"] for w in (1, 64, 65, 128, 129, 256)] == [64, 64, 256, 256, 256, 256]
+    assert launch.choose(rows, 100, "backward", "sm_90") == Config(16, 16, 4, 2)
+
+
+def test_equal_constants_are_one_object():
+    class Constants(NamedTuple):
+        WIDTH: int
+        MASKED: bool
+
+    first = launch.constants(Constants, 1, True)
+    assert first is launch.constants(Constants, 1, True)
+    assert launch.constants(Constants, 1, 1) is not first and first.MASKED.value is True
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton's interpreter is not here")
+def test_every_op_of_triton_asks_for_its_row_at_each_call(monkeypatch):
+    """Else FASTGPT_AUTOTUNE=1 would time one row under several names."""
+    x, lse = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 4)
+    lengths = torch.tensor([4], dtype=torch.int32)
+    calls = {
+        "attention": lambda: fastgpt.attention(x, x, x, backend="triton"),
+        "decode": lambda: fastgpt.attention_with_kvcache(x, x, x, cache_seqlens=lengths, backend="triton"),
+        "norm": lambda: fastgpt.rms_norm(x, backend="triton"),
+        "merge": lambda: fastgpt.merge_attention_states(x, lse, x, lse, backend="triton"),
+        "rotary": lambda: fastgpt.rotary_embedding(x, x[0, :, 0, :8], x[0, :, 0, 8:], backend="triton"),
+    }
+    for call in calls.values():
+        asked = []
+        for _ in range(2):
+            monkeypatch.setattr(launch, "_asked", {})
+            call()
+            asked.append(launch._asked)
+        assert asked[0] and asked[0] == asked[1]
 
 
 def test_without_it_the_table_rules(table, monkeypatch):
