@@ -60,10 +60,10 @@ class Chip(NamedTuple):
 TUNED = ("sm_80", "sm_90")
 KNOWN = """\
 Known to spill: kernels for chips other than sm_80 and sm_90; dk/dv in fp32 with every option of the
-specification at once; decoding in fp32 with head dim 256. There q alone, each warp's own 16 × 256 elements in two
-parts of tf32 (three products of which make one of fp32), takes 256 registers of a thread: no tile has
-fewer, and multiplying it in parts, as attention does, would end the pipeline of loads that decoding is
-bound by.
+specification at once; decoding in fp32 with head dim 256. There q alone, 16 × 256 elements in two parts of
+tf32 (three products of which make one of fp32), takes 256 registers of each thread, whatever the tile.
+Multiplied in parts, as by attention, it would take less and break up the pipeline of loads, by which decoding
+is bound.
 """
 
 CHIPS = {

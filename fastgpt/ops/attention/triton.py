@@ -762,11 +762,10 @@ def attention_dbias(
                 C.BLOCK_N,
             )  # fmt: skip
             for j_block in tl.range(tl.maximum(first_j, begin), tl.minimum(end_j, end), C.BLOCK_N):
-                ds, _, _ = _ds_tile(
+                dbias += _ds_tile(
                     q, dout, lse, delta, i, j_block, k_rows, v_rows, stride_ks, stride_vs, spec, tensors, C,
                     True,
-                )  # fmt: skip
-                dbias += ds
+                )[0]  # fmt: skip
     i = first_i + rows_m
     j = first_j + rows_n
     if bias_q == 1:
