@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.target_info import cuda_capability_geq
+from triton.language.target_info import cuda_capability_geq, is_hip
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -42,14 +42,15 @@ def cast(x, dtype: tl.constexpr):
 def offset(index, stride, MULTIPLE: tl.constexpr):
     """index · stride in 64 bits. MULTIPLE is what the launcher knows to divide every stride: where that
     makes 16 bytes, rows are read and written in vectors though strides are not specialised on."""
+    if not INTERPRETED and is_hip():  # where the hint is lost if rows differ in a tile
+        return tl.cast(index, tl.int64) * multiple(stride, MULTIPLE)
     return tl.multiple_of(tl.cast(index, tl.int64) * stride, MULTIPLE)
 
 
 @triton.jit
 def multiple(n, MULTIPLE: tl.constexpr):
     """n, of which the launcher knows that MULTIPLE divides it, in a form from which every compiler sees that,
-    in products with it and masks below it, too. On AMD the hint of ``offset`` is lost where rows differ in a
-    tile."""
+    in products with it and masks below it, too."""
     return n // MULTIPLE * MULTIPLE
 
 

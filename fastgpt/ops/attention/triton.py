@@ -54,9 +54,10 @@ FEATURES = (
 _SCORES = ("", " general", " fp32")  # 16 bits and causal or full; 16 bits with anything more; fp32
 
 
-def _table(chip: str, kernel: str, *configs: tuple[int, int, int, int]) -> dict[Any, Config]:
+def _table(chips: str, kernel: str, *configs: tuple[int, int, int, int]) -> dict[Any, Config]:
     """Rows for head dims up to 64, 128 and 256: queries by keys of a tile, warps, stages."""
-    return {(chip, 64 << n, kernel): Config(*config) for n, config in enumerate(configs)}
+    rows = [(64 << n, Config(*config)) for n, config in enumerate(configs)]
+    return {(chip, width, kernel): config for chip in chips.split() for width, config in rows}
 
 
 # By chip, head dim and kernel. Of the candidates that neither spill nor outgrow the chip's shared memory the
@@ -71,23 +72,31 @@ CONFIGS = {
     **_table("default", "dkdv", (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
     **_table("default", "dkdv packed", (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
     **_table("default", "dkdv general", (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    **_table("default", "dkdv dropout", (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     **_table("default", "dkdv fp32", (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ("default", 256, "rows"): Config(32, 32, 8, 1),
     ("default", 256, "dbias"): Config(16, 16, 8, 1),
     **_table("sm_80", "forward", (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)),
     **_table("sm_80", "dq", (64, 32, 4, 2), (64, 32, 4, 2), (16, 16, 4, 1)),
-    **_table("sm_90", "forward", (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
+    **_table("sm_90 sm_100", "forward", (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
+    **_table("sm_90 sm_100", "forward general", (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
+    **_table("sm_90 sm_100", "dq", (128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
+    **_table("sm_90 sm_100", "dkdv general", (64, 64, 8, 1), (32, 64, 8, 1)),
     **_table("sm_90", "forward fp32", (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    **_table("sm_90", "forward general", (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
-    **_table("sm_90", "dq", (128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
     **_table("sm_90", "dq fp32", (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("sm_90", "dq general", (64, 32, 4, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
     **_table("sm_90", "dkdv", (64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
     **_table("sm_90", "dkdv packed", (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2)),
+    **_table("sm_100", "dq general", (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+    **_table("sm_100", "dkdv", (64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 8, 1)),
+    **_table("sm_100", "dkdv packed", (64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 8, 1)),
+    **_table("sm_100", "dkdv dropout", (64, 64, 8, 1), (32, 64, 8, 1)),
+    **_table("gfx942", "forward", (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+    **_table("gfx942", "dkdv dropout", (16, 64, 4, 1), (16, 32, 4, 1)),
     **{("interpreter", 256, "forward" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
     **{("interpreter", 256, "dq" + kind): Config(64, 128, 4, 1) for kind in _SCORES},
     **{("interpreter", 256, "dkdv" + kind): Config(128, 64, 4, 1) for kind in _SCORES},
-    ("interpreter", 256, "dkdv packed"): Config(128, 64, 4, 1),
+    **{("interpreter", 256, "dkdv " + kind): Config(128, 64, 4, 1) for kind in ("packed", "dropout")},
     ("interpreter", 256, "rows"): Config(128, 128, 8, 1),
     ("interpreter", 256, "dbias"): Config(128, 64, 4, 1),
 }
@@ -753,11 +762,10 @@ def attention_dbias(
                 C.BLOCK_N,
             )  # fmt: skip
             for j_block in tl.range(tl.maximum(first_j, begin), tl.minimum(end_j, end), C.BLOCK_N):
-                ds, _, _ = _ds_tile(
+                dbias += _ds_tile(
                     q, dout, lse, delta, i, j_block, k_rows, v_rows, stride_ks, stride_vs, spec, tensors, C,
                     True,
-                )  # fmt: skip
-                dbias += ds
+                )[0]  # fmt: skip
     i = first_i + rows_m
     j = first_j + rows_n
     if bias_q == 1:
@@ -822,11 +830,13 @@ def _constants(
         kernel += fp32 if q.dtype == torch.float32 else simple if is_simple else general
         if kernel == "dkdv" and spec.varlen:
             kernel = "dkdv packed"
+        elif kernel == "dkdv general" and spec.dropout_p:
+            kernel = "dkdv dropout"
     config = launch.choose(CONFIGS, max(block_d, block_dv), kernel, chip.architecture)
     sizes = q.shape[-1], v.shape[-1], block_d, block_dv, config.block_m, config.block_n
     flags = spec.window_left >= 0, spec.window_right >= 0, plain, spec.softcap != 0
     width = max(block_d, block_dv)
-    chunked = width > CHUNK.value if q.dtype == torch.float32 else kernel == "dkdv general"
+    chunked = width > CHUNK.value if q.dtype == torch.float32 else kernel in ("dkdv general", "dkdv dropout")
     loads = multiple, multiple > 1 and chip.tma and not chunked, chunked
     return launch.constants(_Constants, *sizes, *flags, *loads, chip.precision), config
 

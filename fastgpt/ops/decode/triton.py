@@ -89,13 +89,15 @@ CONFIGS = {
     ("gfx942", 256, "decode"): Config(16, 32, 8, 2),
     ("gfx942", 128, "decode fp32"): Config(16, 32, 8, 2),
     ("gfx942", 256, "decode fp32"): Config(16, 16, 8, 2),
-    ("sm_90", 64, "decode"): Config(16, 128, 4, 3),
-    ("sm_90", 128, "decode"): Config(16, 64, 4, 3),
-    ("sm_90", 256, "decode"): Config(16, 64, 8, 3),
+    **{(chip, 64, "decode"): Config(16, 128, 4, 3) for chip in ("sm_90", "sm_100")},
+    **{(chip, 128, "decode"): Config(16, 64, 4, 3) for chip in ("sm_90", "sm_100")},
+    **{(chip, 256, "decode"): Config(16, 64, 8, 3) for chip in ("sm_90", "sm_100")},
     ("sm_90", 128, "decode fp32"): Config(16, 64, 8, 3),
     ("sm_90", 256, "decode fp32"): Config(16, 16, 8, 3),
     ("sm_90", 128, "prefill"): Config(64, 64, 8, 2),
     ("sm_90", 256, "prefill"): Config(32, 32, 8, 2),
+    ("sm_100", 128, "prefill"): Config(64, 64, 8, 2),
+    ("sm_100", 256, "prefill"): Config(64, 32, 8, 2),
 }
 NEW_KEYS = 32  # of a block at most: rotary embedding takes many registers
 RESIDENT = 2  # programs of a multiprocessor that num_splits = 0 provides for
