@@ -11,13 +11,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Rebuilt whenever a native source, the build or the package's metadata changes.
-NATIVE := $(filter-out csrc/tests/%,$(wildcard csrc/CMakeLists.txt csrc/*.cmake csrc/*/*.cpp csrc/*/*.h \
-	csrc/include/fastgpt/*.h))
-FORMATTED := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/include/fastgpt/*.h)
+NATIVE := $(filter-out csrc/tests/%,$(wildcard csrc/CMakeLists.txt csrc/*.cmake csrc/*/CMakeLists.txt \
+	csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/include/fastgpt/*.h))
+FORMATTED := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/include/fastgpt/*.h)
 
 $(VENV)/.stamp-dev: $(BIN)/python pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	FASTGPT_EMULATE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-dev
@@ -29,11 +29,17 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-dev
 demo: $(VENV)/.stamp-demo
 	$(BIN)/fastgpt demo --plot demo.png
 
-# The Triton kernels run in Triton's interpreter, on CPU tensors, a process a core.
+# The Triton kernels run in Triton's interpreter and the CUDA kernels in csrc/cuda/emulator.h, on CPU tensors, a
+# process a core.
 test: $(VENV)/.stamp-dev
 	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest
 	TRITON_INTERPRET=1 FASTGPT_REQUIRE_BACKENDS=triton OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n auto -k "triton or test_device"
+	FASTGPT_CUDA_EMULATE=1 FASTGPT_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
+		-k "cuda or test_emulator" $(CUDA_TESTS)
+
+# Of ops that have CUDA kernels.
+CUDA_TESTS := tests/test_emulator.py tests/test_norm.py
 
 # 600 random specifications of each op against `reference`: what ran is in the statistics.
 nightly: $(VENV)/.stamp-dev
@@ -155,4 +161,4 @@ bench: $(VENV)/.stamp-demo
 	$(BIN)/fastgpt bench attention decode norm model
 
 clean:
-	rm -rf build dist *.egg-info fastgpt/_cpu*.so $(VENV)
+	rm -rf build dist *.egg-info fastgpt/_*.so $(VENV)

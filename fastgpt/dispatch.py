@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from fastgpt import proof
+from fastgpt.ops import cuda
 
 OPS = ("attention", "decode", "merge", "norm", "rotary")
 AUTO_ORDER = {
@@ -95,10 +96,6 @@ def _probe_triton() -> str | None:
     return None
 
 
-def _probe_unwritten() -> str:
-    return "this version of fastgpt has no kernels for it"
-
-
 def _probe_always() -> None:
     return None
 
@@ -108,7 +105,7 @@ BACKENDS = {
     "torch": _probe_always,
     "cpu": _probe_cpu,
     "triton": _probe_triton,
-    "cuda": _probe_unwritten,
+    "cuda": cuda.unavailable,
 }
 
 
@@ -135,8 +132,15 @@ def proven(backend: str, op: str) -> bool:
 
 
 def _reasons(call: Call, backend: str) -> list[str]:
-    reason = unavailable(backend)
-    return [reason] if reason else implementation(call.op, backend).unsupported(call)
+    if reason := unavailable(backend):
+        return [reason]
+    try:
+        module = implementation(call.op, backend)
+    except ModuleNotFoundError as error:
+        if error.name != f"fastgpt.ops.{call.op}.{backend}":
+            raise
+        return [f"this version of fastgpt has no {backend} kernels for {call.op}"]
+    return list(module.unsupported(call))
 
 
 def explain(call: Call) -> dict[str, list[str]]:

@@ -35,6 +35,13 @@ struct Dropout {
   float dropout_scale = 1.0f;  // 1 / (1 - dropout_p)
 };
 
+// The same of the CUDA kernels, who read seed and offset, int64 (2), where they are; null is off.
+struct DeviceDropout {
+  const int64_t* rng_state = nullptr;
+  uint32_t threshold = 0;
+  float scale = 1.0f;
+};
+
 // Shapes and meaning shared by attention forward and backward.
 // q (batch, seqlen_q, nheads, headdim); k (batch, seqlen_k, nheads_k, headdim);
 // v (batch, seqlen_k, nheads_k, headdim_v); out (batch, seqlen_q, nheads, headdim_v);

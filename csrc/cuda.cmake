@@ -1,0 +1,35 @@
+# The CUDA kernels: sources, and what each is compiled for. nvcc is enough: no GPU, no CUDA build of torch.
+set(cuda_sources runtime.cu norm.cu)
+list(TRANSFORM cuda_sources PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
+
+# A module of the binding and the kernels; `ARGN` are sources of its own.
+function(add_cuda_module name)
+  pybind11_add_module(${name} MODULE NO_EXTRAS ${fastgpt_source_dir}/cuda/module.cpp ${cuda_sources} ${ARGN})
+  target_include_directories(${name} PRIVATE ${fastgpt_source_dir}/include ${fastgpt_source_dir}/cuda)
+  target_compile_definitions(${name} PRIVATE FASTGPT_MODULE=${name})
+  target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O2 -Wall -Wextra -fvisibility=hidden>)
+  set_target_properties(${name} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR})
+endfunction()
+
+option(FASTGPT_CUDA "Build fastgpt._cuda" OFF)
+if(FASTGPT_CUDA)
+  enable_language(CUDA)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
+    message(FATAL_ERROR "fastgpt's CUDA kernels need nvcc 12.4 or later, found ${CMAKE_CUDA_COMPILER_VERSION} "
+                        "(${CMAKE_CUDA_COMPILER})")
+  endif()
+  set(CMAKE_CUDA_STANDARD 17)
+  # `real` is machine code; `virtual` is PTX, of which the driver makes code for chips newer than these.
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 90-virtual)
+  # Statistics are those of rounded values.
+  set_source_files_properties(cuda/norm.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
+  add_cuda_module(_cuda)
+  target_compile_options(
+    _cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-fvisibility=hidden>)
+  set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static) # loads the driver when it is first used
+endif()
+
+option(FASTGPT_EMULATE "Build fastgpt._cuda_emulated, of the tests" OFF)
+if(FASTGPT_EMULATE)
+  add_subdirectory(emulated)
+endif()

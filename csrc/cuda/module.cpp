@@ -1,0 +1,68 @@
+// fastgpt._cuda: the Python binding of the CUDA kernels, and fastgpt._cuda_emulated, the same of the
+// emulator's. The Python side is fastgpt/ops/*/cuda.py. Every call ends with its kernels queued; nothing
+// waits for them.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+
+#include "fastgpt/python.h"
+#include "norm.h"
+#ifdef FASTGPT_EMULATE
+#include "../emulated/self_test.h"
+#endif
+
+namespace fastgpt {
+namespace {
+
+typedef std::tuple<Data, uint32_t, float> PyDropout;  // the fields of DeviceDropout
+
+DeviceDropout dropout_of(const std::optional<PyDropout>& dropout) {
+  if (!dropout) return {};
+  return {std::get<0>(*dropout), std::get<1>(*dropout), std::get<2>(*dropout)};
+}
+
+typedef std::tuple<int, uintptr_t> PyQueue;  // the fields of Queue
+
+Queue queue_of(const PyQueue& queue) {
+  return {std::get<0>(queue), reinterpret_cast<void*>(std::get<1>(queue))};
+}
+
+}  // namespace
+}  // namespace fastgpt
+
+PYBIND11_MODULE(FASTGPT_MODULE, m) {
+  using namespace fastgpt;
+  find_elements();
+
+  m.def("unavailable", &unavailable);
+#ifdef FASTGPT_EMULATE
+  m.def("self_test", [](const std::string& name, Data out) { self_test(name, out); });
+#endif
+
+  m.def("norm_forward",
+        [](const PyQueue& queue, int64_t rows, int64_t hidden, Data x, int64_t x_stride, Data residual,
+           int64_t residual_stride, Data weight, Data bias, Data out, Data residual_out, Data mean, Data rstd,
+           const std::optional<PyDropout>& dropout, float eps) {
+          DeviceNormForward p{};
+          p.dtype = x.dtype();
+          p.weight_dtype = weight.object ? weight.dtype() : bias.object ? bias.dtype() : p.dtype;
+          p.rows = rows;
+          p.hidden = hidden;
+          p.x = x;
+          p.x_stride = x_stride;
+          p.residual = residual;
+          p.residual_stride = residual_stride;
+          p.weight = weight;
+          p.bias = bias;
+          p.out = out;
+          p.residual_out = residual_out;
+          p.mean = mean;
+          p.rstd = rstd;
+          p.dropout = dropout_of(dropout);
+          p.eps = eps;
+          norm_forward(p, queue_of(queue));
+        });
+}

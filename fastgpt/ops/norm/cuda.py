@@ -1,0 +1,65 @@
+"""Norms on the CUDA kernels: ``csrc/cuda/norm.cu``.
+
+Storage fp32, bf16 or fp16, arithmetic fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops import cuda
+from fastgpt.ops.norm.spec import NormCall, NormSpec
+
+FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "dropout", "backward")
+_cuda = cuda.load()
+
+
+def unsupported(call: NormCall) -> list[str]:
+    return cuda.refusals(call.device, call.dtype, call.features, FEATURES)
+
+
+def _rows(t: Tensor) -> tuple[Tensor, int]:
+    """The tensor and its row stride; a copy of it where the leading axes have no common stride."""
+    hidden = t.shape[-1]
+    if t.is_contiguous():
+        return t, hidden
+    t = t.reshape(-1, hidden)
+    return t, t.stride(0)
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rng_state: Tensor | None,
+    store: bool,
+    spec: NormSpec,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    hidden = x.shape[-1]
+    rows = x.numel() // hidden
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual_out = torch.empty_like(out) if store else None
+    rstd = x.new_empty(rows, dtype=torch.float32)
+    mean = None if spec.rms else torch.empty_like(rstd)
+    x, x_stride = _rows(x)
+    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
+    _cuda.norm_forward(
+        cuda.queue(x),
+        rows,
+        hidden,
+        x,
+        x_stride,
+        residual,
+        residual_stride,
+        weight,
+        bias,
+        out,
+        residual_out,
+        mean,
+        rstd,
+        cuda.pass_dropout(spec.dropout_p, rng_state),
+        spec.eps,
+    )
+    return out, residual_out, mean, rstd
