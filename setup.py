@@ -1,9 +1,10 @@
 """Builds the native modules with CMake and Ninja; everything else is in pyproject.toml.
 
 ``FASTGPT_BUILD=0`` installs the Python part alone. The CUDA kernels are built where there is an nvcc;
-``FASTGPT_CUDA=1`` insists on them, ``=0`` leaves them out. ``FASTGPT_EMULATE=1`` adds the module by which the tests
-run them without a GPU. ``FASTGPT_SANITIZE=1`` builds all but the CUDA kernels with sanitizers, in a folder of its
-own. torch is not needed to build: the native code includes no torch header and links against no torch library.
+``FASTGPT_CUDA=1`` insists on them, ``=0`` leaves them out. ``FASTGPT_EMULATE=1`` adds the module by which the
+tests run them without a GPU. ``FASTGPT_SANITIZE=1`` builds all but the CUDA kernels with sanitizers, in a
+folder of its own. torch is not needed to build: the native code includes no torch header and links against no
+torch library.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ void set_sequences(AttentionParams& p, const Array& cu_seqlens_q, Data cu_seqlen
 
 void set_bias(AttentionParams& p, const Array& bias) {
   if (bias.ndim == 0) return;
-  set_bias<const void>(p.bias, bias);
+  read_bias<const void>(p.bias, bias);
   p.bias.type = bias.element() == Element::boolean ? BiasType::boolean : static_cast<BiasType>(bias.dtype());
 }
 
@@ -189,7 +189,7 @@ PYBIND11_MODULE(_cpu, m) {
           p.dk = tensor(dk);
           p.dv = tensor(dv);
           p.dsink = dsink;
-          set_bias<float>(p.dbias, dbias);
+          read_bias<float>(p.dbias, dbias);
           KernelScope scope;
           kernels->attention_backward(p);
         });

@@ -36,8 +36,8 @@ def unavailable() -> str | None:
         if EMULATED:
             return "the emulated CUDA kernels were not built (FASTGPT_EMULATE=1 at installation builds them)"
         return (
-            "the CUDA kernels were not built: nvcc was not found when the package was built, or FASTGPT_CUDA=0 "
-            "(FASTGPT_CUDA=1 builds them, or says what is missing)"
+            "the CUDA kernels were not built: nvcc was not found when the package was built, or it was built "
+            "with FASTGPT_CUDA=0 (FASTGPT_CUDA=1 builds them, or says what is missing)"
         )
     except ImportError as error:
         return str(error)

@@ -134,7 +134,7 @@ inline Tensor rows(const Array& t) {
 inline int64_t batch_stride(const Array& t) { return t.ndim == 2 ? t.strides[0] : 0; }
 
 template <class T>
-void set_bias(BiasTensor<T>& bias, const Array& t) {
+void read_bias(BiasTensor<T>& bias, const Array& t) {
   if (t.ndim == 0) return;
   bias.data = t;
   int64_t* const strides[] = {&bias.batch_stride, &bias.head_stride, &bias.query_stride, &bias.key_stride};
