@@ -65,4 +65,35 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
           p.eps = eps;
           norm_forward(p, queue_of(queue));
         });
+
+  m.def("norm_backward",
+        [](const PyQueue& queue, int64_t multiprocessors, int64_t rows, int64_t hidden, Data dout,
+           int64_t dout_stride, Data dresidual_out, int64_t dresidual_stride, Data z, int64_t z_stride,
+           Data weight, Data mean, Data rstd, Data dx, Data dresidual, Data dweight, Data dbias, Data partial,
+           int64_t partial_rows, const std::optional<PyDropout>& dropout) {
+          DeviceNormBackward p{};
+          p.dtype = z.dtype();
+          p.weight_dtype = dweight.object ? dweight.dtype() : dbias.object ? dbias.dtype() : p.dtype;
+          p.rows = rows;
+          p.hidden = hidden;
+          p.dout = dout;
+          p.dout_stride = dout_stride;
+          p.dresidual_out = dresidual_out;
+          p.dresidual_stride = dresidual_stride;
+          p.z = z;
+          p.z_stride = z_stride;
+          p.weight = weight;
+          p.mean = mean;
+          p.rstd = rstd;
+          p.dx = dx;
+          p.dresidual = dresidual;
+          p.dweight = dweight;
+          p.dbias = dbias;
+          p.partial_dweight = partial;
+          p.partial_dbias = p.partial_dweight + partial_rows * hidden;
+          p.partial_rows = partial_rows;
+          p.dropout = dropout_of(dropout);
+          p.multiprocessors = multiprocessors;
+          norm_backward(p, queue_of(queue));
+        });
 }

@@ -18,6 +18,8 @@
 // rounded z. Held by tests/test_norm.py.
 #include "norm.h"
 
+#include <initializer_list>
+
 #include "device.h"
 #include "dropout.h"
 #include "launch.h"
@@ -36,6 +38,10 @@ struct Split {
 constexpr Split kForward[] = {{64, 8, 16, 8},     {256, 32, 4, 8},    {512, 32, 4, 16},  {768, 32, 4, 24},
                               {1024, 32, 4, 32},  {1536, 64, 2, 24},  {2048, 64, 2, 32}, {3072, 128, 1, 24},
                               {4096, 128, 1, 32}, {6144, 256, 1, 24}, {8192, 256, 1, 32}};
+// A thread has sums over the rows, too.
+constexpr Split kBackward[] = {{64, 8, 48, 8},     {256, 16, 16, 16},  {512, 32, 8, 16},   {768, 96, 4, 8},
+                               {1024, 64, 4, 16},  {1536, 192, 2, 8},  {2048, 128, 2, 16}, {3072, 384, 1, 8},
+                               {4096, 256, 1, 16}, {6144, 384, 1, 16}, {8192, 512, 1, 16}};
 // Longer rows and those that are not aligned; a thread has some columns at a time.
 constexpr Split kLong[] = {{64, 8, 16, 0}, {512, 32, 4, 0}, {4096, 128, 1, 0}, {INT64_MAX, 512, 1, 0}};
 constexpr int kMostThreads = 512;
@@ -47,27 +53,40 @@ const Split* find(const Split (&table)[kRows], int64_t hidden) {
   return nullptr;
 }
 
-constexpr int kSumBuffers = 2 * kMostThreads / 32;
+constexpr int kMostWarps = kMostThreads / 32, kMostSums = 2;
+constexpr int kSumBytes = 2 * kMostSums * kMostWarps * sizeof(float);
 
-// Sums over a row, in the same order in each of its threads. The warps of a row meet at a barrier of the
-// block, in one of two buffers in turn: who writes to a buffer again has passed the barrier of the other one,
-// which all have come to after they had read this one.
+// Replaces x by its sums over a row, in the same order in each of its threads. The warps of a row meet at a
+// barrier of the block, in one of two buffers in turn: who writes to a buffer again has passed the barrier of
+// the other one, to which all have come after they had read this one.
 struct RowSum {
-  float* buffer = shared_memory<float>();
+  float* buffers = shared_memory<float>();
   int turn = 0;
 
-  __device__ __forceinline__ float operator()(float x) {
-    int threads = static_cast<int>(blockDim.x);
-    x = warp_sum(x, threads < 32 ? threads : 32);
-    if (threads <= 32) return x;
-    int warps = threads / 32, row = static_cast<int>(threadIdx.y) * warps;
-    float* sums = buffer + turn * (kSumBuffers / 2) + row;
+  template <int kSums>
+  __device__ __forceinline__ void operator()(float (&x)[kSums]) {
+    static_assert(kSums <= kMostSums);
+    int threads = static_cast<int>(blockDim.x), warps = threads / 32;
+#pragma unroll
+    for (int i = 0; i < kSums; i++) x[i] = warp_sum(x[i], threads < 32 ? threads : 32);
+    if (threads <= 32) return;
+    float* sums = buffers + (turn * kMostSums * kMostWarps + static_cast<int>(threadIdx.y) * warps);
     turn ^= 1;
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int i = 0; i < kSums; i++) sums[i * kMostWarps + threadIdx.x / 32] = x[i];
+    }
     __syncthreads();
-    x = 0.0f;
-    for (int w = 0; w < warps; w++) x += sums[w];
-    return x;
+#pragma unroll
+    for (int i = 0; i < kSums; i++) {
+      x[i] = 0.0f;
+      for (int w = 0; w < warps; w++) x[i] += sums[i * kMostWarps + w];
+    }
+  }
+  __device__ __forceinline__ float operator()(float x) {
+    float sums[1] = {x};
+    (*this)(sums);
+    return sums[0];
   }
 };
 
@@ -269,17 +288,265 @@ __global__ void __launch_bounds__(kMostThreads)
   }
 }
 
-bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+// Backward of out = xhat weight + bias, above: with g = dout weight,
+//
+//   dz = rstd (g - xhat mean(g xhat) - mean(g)) + dresidual_out   (RMS norm: no mean(g))
+//   dx = dz keep / (1 - dropout_p),  dresidual = dz
+//   dweight = sum over rows of dout xhat,  dbias = sum over rows of dout
+
+// dresidual and dx of kVector elements; dz is so far what reaches z by way of out.
+template <class T, int kVector>
+__device__ __forceinline__ void store_gradients(const DeviceNormBackward& p, int64_t row, int64_t column,
+                                                float (&dz)[kVector]) {
+  Pack<T, kVector> pack;
+  if (p.dresidual_out) {
+    float other[kVector];
+    pack.load(static_cast<const T*>(p.dresidual_out) + row * p.dresidual_stride + column);
+    pack.unpack(other);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) dz[e] += other[e];
+  }
+  if (p.dresidual) {
+    pack.pack(dz);
+    pack.store(static_cast<T*>(p.dresidual) + row * p.hidden + column);
+  }
+  if (p.dropout.rng_state)
+    drop(p.dropout, column, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), dz);
+  pack.pack(dz);
+  pack.store(static_cast<T*>(p.dx) + row * p.hidden + column);
+}
+
+// Adds up x of the block's threads of one threadIdx.x, in the order of threadIdx.y, and writes the sums to
+// partial[column_of(0)], partial[column_of(1)], ... where these are below `hidden`.
+template <int kElements, class ColumnOf>
+__device__ __forceinline__ void store_partial(const float (&x)[kElements], float* partial, int64_t hidden,
+                                              const ColumnOf& column_of) {
+  float* shared = shared_memory<float>() + threadIdx.x;
+  int threads = static_cast<int>(blockDim.x), rows = static_cast<int>(blockDim.y);
+  int y = static_cast<int>(threadIdx.y);
+  __syncthreads();  // what the memory was used for before is over
+#pragma unroll
+  for (int e = 0; e < kElements; e++) shared[(y * kElements + e) * threads] = x[e];
+  __syncthreads();
+  for (int e = y; e < kElements; e += rows) {
+    float total = 0.0f;
+    for (int other = 0; other < rows; other++) total += shared[(other * kElements + e) * threads];
+    if (column_of(e) < hidden) partial[column_of(e)] = total;
+  }
+}
+
+constexpr int partial_bytes(int threads, int rows, int elements) {
+  int bytes = threads * rows * elements * static_cast<int>(sizeof(float));
+  return bytes > kSumBytes ? bytes : kSumBytes;
+}
+
+// dx, dresidual, and what the block's rows add to dweight and dbias. A block owns every gridDim.x-th group of
+// blockDim.y rows, each in the registers of blockDim.x threads as in norm_forward_kernel; the next group's
+// are on their way while one is computed.
+template <class T, int kVector, int kPieces>
+__global__ void __launch_bounds__(kMostThreads)
+    norm_backward_kernel(const __grid_constant__ DeviceNormBackward p) {
+  constexpr int kElements = kPieces * kVector;
+  RowSum row_sum;
+  float scale = 1.0f / static_cast<float>(p.hidden);
+  auto column_of = [](int e) {
+    int piece = e / kVector * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    return piece * kVector + e % kVector;
+  };
+  float weight[kElements], dweight[kElements] = {}, dbias[kElements] = {};
+#pragma unroll
+  for (int i = 0; i < kPieces; i++) {
+    float loaded[kVector];
+    bool has = p.weight && column_of(i * kVector) < p.hidden;
+    if (has) load_parameter<T>(p.weight, p.weight_dtype == DType::f32, column_of(i * kVector), loaded);
+#pragma unroll
+    for (int e = 0; e < kVector; e++) weight[i * kVector + e] = has ? loaded[e] : 1.0f;
+  }
+  Pack<T, kVector> next_dout[kPieces], next_z[kPieces];
+  auto fetch = [&](int64_t row) {
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+      int column = column_of(i * kVector);
+      if (row < p.rows && column < p.hidden) {
+        next_dout[i].load(static_cast<const T*>(p.dout) + row * p.dout_stride + column);
+        next_z[i].load(static_cast<const T*>(p.z) + row * p.z_stride + column);
+      } else {
+        next_dout[i].clear();
+        next_z[i].clear();
+      }
+    }
+  };
+  int64_t step = int64_t{gridDim.x} * blockDim.y;
+  fetch(int64_t{blockIdx.x} * blockDim.y + threadIdx.y);
+  for (int64_t first = int64_t{blockIdx.x} * blockDim.y; first < p.rows; first += step) {
+    int64_t row = first + threadIdx.y;
+    bool has_row = row < p.rows;
+    float mean = has_row && p.mean ? p.mean[row] : 0.0f, rstd = has_row ? p.rstd[row] : 0.0f;
+    float g[kElements], xhat[kElements], sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+      float dout[kVector], z[kVector];
+      next_dout[i].unpack(dout);
+      next_z[i].unpack(z);
+#pragma unroll
+      for (int e = 0; e < kVector; e++) {
+        int at = i * kVector + e;
+        xhat[at] = (z[e] - mean) * rstd;
+        dweight[at] += dout[e] * xhat[at];
+        dbias[at] += dout[e];
+        g[at] = dout[e] * weight[at];
+        sums[0] += g[at] * xhat[at];
+        sums[1] += g[at];
+      }
+    }
+    fetch(row + step);
+    row_sum(sums);
+    float mean_gx = sums[0] * scale, mean_g = p.mean ? sums[1] * scale : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+      int column = column_of(i * kVector);
+      if (!has_row || column >= p.hidden) continue;
+      float dz[kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; e++) {
+        int at = i * kVector + e;
+        dz[e] = (g[at] - xhat[at] * mean_gx - mean_g) * rstd;
+      }
+      store_gradients<T, kVector>(p, row, column, dz);
+    }
+  }
+  int64_t at = int64_t{blockIdx.x} * p.hidden;
+  if (p.dweight) store_partial(dweight, p.partial_dweight + at, p.hidden, column_of);
+  if (p.dbias) store_partial(dbias, p.partial_dbias + at, p.hidden, column_of);
+}
+
+// dx and dresidual of rows of any length, blockDim.y at a time: a walk for the means, and one for the
+// gradients.
+template <class T, int kVector>
+__global__ void __launch_bounds__(kMostThreads)
+    norm_backward_long_kernel(const __grid_constant__ DeviceNormBackward p) {
+  RowSum row_sum;
+  float scale = 1.0f / static_cast<float>(p.hidden);
+  int64_t start = int64_t{threadIdx.x} * kVector, step = int64_t{blockDim.x} * kVector;
+  for (int64_t first = int64_t{blockIdx.x} * blockDim.y; first < p.rows;
+       first += int64_t{gridDim.x} * blockDim.y) {
+    int64_t row = first + threadIdx.y;
+    bool has_row = row < p.rows;
+    int64_t end = has_row ? p.hidden : 0;
+    float mean = has_row && p.mean ? p.mean[row] : 0.0f, rstd = has_row ? p.rstd[row] : 0.0f;
+    float g[kVector], xhat[kVector];
+    auto load = [&](int64_t column) {
+      Pack<T, kVector> pack;
+      pack.load(static_cast<const T*>(p.dout) + row * p.dout_stride + column);
+      pack.unpack(g);
+      pack.load(static_cast<const T*>(p.z) + row * p.z_stride + column);
+      pack.unpack(xhat);
+      if (p.weight) {
+        float weight[kVector];
+        load_parameter<T>(p.weight, p.weight_dtype == DType::f32, column, weight);
+#pragma unroll
+        for (int e = 0; e < kVector; e++) g[e] *= weight[e];
+      }
+#pragma unroll
+      for (int e = 0; e < kVector; e++) xhat[e] = (xhat[e] - mean) * rstd;
+    };
+    float products[kVector] = {}, totals[kVector] = {};
+    for (int64_t column = start; column < end; column += step) {
+      load(column);
+#pragma unroll
+      for (int e = 0; e < kVector; e++) {
+        products[e] += g[e] * xhat[e];
+        totals[e] += g[e];
+      }
+    }
+    float sums[2] = {sum(products), sum(totals)};
+    row_sum(sums);
+    float mean_gx = sums[0] * scale, mean_g = p.mean ? sums[1] * scale : 0.0f;
+    for (int64_t column = start; column < end; column += step) {
+      load(column);
+      float dz[kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; e++) dz[e] = (g[e] - xhat[e] * mean_gx - mean_g) * rstd;
+      store_gradients<T, kVector>(p, row, column, dz);
+    }
+  }
+}
+
+constexpr int kColumnThreads = 32, kColumnRows = 8;
+
+// What the rows add to dweight and dbias, beside norm_backward_long_kernel. A block owns 32 kVector columns
+// of every gridDim.y-th group of 8 rows.
+template <class T, int kVector>
+__global__ void __launch_bounds__(kColumnThreads* kColumnRows)
+    norm_columns_kernel(const __grid_constant__ DeviceNormBackward p) {
+  int64_t column = (int64_t{blockIdx.x} * kColumnThreads + threadIdx.x) * kVector;
+  float dweight[kVector] = {}, dbias[kVector] = {};
+  if (column < p.hidden) {
+    for (int64_t row = int64_t{blockIdx.y} * kColumnRows + threadIdx.y; row < p.rows;
+         row += int64_t{gridDim.y} * kColumnRows) {
+      float dout[kVector], z[kVector], mean = p.mean ? p.mean[row] : 0.0f, rstd = p.rstd[row];
+      Pack<T, kVector> pack, other;
+      pack.load(static_cast<const T*>(p.dout) + row * p.dout_stride + column);
+      other.load(static_cast<const T*>(p.z) + row * p.z_stride + column);
+      pack.unpack(dout);
+      other.unpack(z);
+#pragma unroll
+      for (int e = 0; e < kVector; e++) {
+        dweight[e] += dout[e] * ((z[e] - mean) * rstd);
+        dbias[e] += dout[e];
+      }
+    }
+  }
+  int64_t at = int64_t{blockIdx.y} * p.hidden;
+  auto column_of = [&](int e) { return column + e; };
+  if (p.dweight) store_partial(dweight, p.partial_dweight + at, p.hidden, column_of);
+  if (p.dbias) store_partial(dbias, p.partial_dbias + at, p.hidden, column_of);
+}
+
+constexpr int kReduceThreads = 32, kReduceRows = 16;
+
+// dweight (blockIdx.y 0) or dbias (1) of 32 columns, in their type W, from all blocks' partial sums.
+template <class W>
+__global__ void __launch_bounds__(kReduceThreads* kReduceRows)
+    norm_reduce_kernel(const __grid_constant__ DeviceNormBackward p) {
+  W* gradient = static_cast<W*>(blockIdx.y == 0 ? p.dweight : p.dbias);
+  const float* partial = blockIdx.y == 0 ? p.partial_dweight : p.partial_dbias;
+  if (!gradient) return;
+  int64_t column = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
+  float total = 0.0f;
+  if (column < p.hidden) {
+#pragma unroll 4
+    for (int row = static_cast<int>(threadIdx.y); row < p.partial_rows; row += kReduceRows)
+      total += partial[row * p.hidden + column];
+  }
+  float* totals = shared_memory<float>();
+  totals[threadIdx.y * kReduceThreads + threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= p.hidden) return;
+  for (int y = 1; y < kReduceRows; y++) total += totals[y * kReduceThreads + threadIdx.x];
+  gradient[column] = from_float<W>(total);
+}
 
 constexpr int64_t kMostBlocks = 1 << 30;
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether kVector elements can be read and written at once.
+template <int kVector>
+bool aligned(int64_t hidden, std::initializer_list<int64_t> strides,
+             std::initializer_list<const void*> addresses) {
+  bool all = hidden % kVector == 0;
+  for (int64_t stride : strides) all = all && stride % kVector == 0;
+  for (const void* address : addresses) all = all && reinterpret_cast<uintptr_t>(address) % 16 == 0;
+  return all;
+}
 
 template <class T>
 void run_forward(const DeviceNormForward& p, const Queue& queue) {
   constexpr int kVector = 16 / sizeof(T);
-  bool vectors = p.hidden % kVector == 0 && p.x_stride % kVector == 0 && p.residual_stride % kVector == 0;
-  for (const void* address : {p.x, p.residual, p.weight, p.bias, static_cast<const void*>(p.out),
-                              static_cast<const void*>(p.residual_out)})
-    vectors = vectors && aligned(address);
+  bool vectors = aligned<kVector>(p.hidden, {p.x_stride, p.residual_stride},
+                                  {p.x, p.residual, p.weight, p.bias, p.out, p.residual_out});
   const Split* split = vectors ? find(kForward, p.hidden) : nullptr;
   void (*kernel)(DeviceNormForward) = nullptr;
   const char* name = "norm_forward";
@@ -303,9 +570,39 @@ void run_forward(const DeviceNormForward& p, const Queue& queue) {
     kernel = vectors ? norm_forward_long_kernel<T, kVector> : norm_forward_long_kernel<T, 1>;
     name = "norm_forward_long";
   }
-  int64_t blocks = (p.rows + split->rows - 1) / split->rows;
-  blocks = blocks < kMostBlocks ? blocks : kMostBlocks;
-  launch(kernel, {name, dim3(blocks), dim3(split->threads, split->rows), kSumBuffers * 4}, queue, p);
+  int64_t blocks = min(divide_up(p.rows, split->rows), kMostBlocks);
+  launch(kernel, {name, dim3(blocks), dim3(split->threads, split->rows), kSumBytes}, queue, p);
+}
+
+template <class T>
+void run_backward(DeviceNormBackward& p, const Queue& queue) {
+  constexpr int kVector = 16 / sizeof(T);
+  bool vectors = aligned<kVector>(p.hidden, {p.dout_stride, p.z_stride, p.dresidual_stride},
+                                  {p.dout, p.z, p.weight, p.dresidual_out, p.dx, p.dresidual});
+  bool parameters = p.dweight || p.dbias;
+  if (const Split* split = vectors ? find(kBackward, p.hidden) : nullptr) {
+    auto kernel = split->elements == 8 ? norm_backward_kernel<T, kVector, 8 / kVector>
+                                       : norm_backward_kernel<T, kVector, 16 / kVector>;
+    // Blocks that a multiprocessor has at a time; of 16 elements, threads take up to 128 registers.
+    int resident = split->elements == 16 && split->threads * split->rows > 256 ? 1 : 2;
+    p.partial_rows = min(p.partial_rows, min(resident * p.multiprocessors, divide_up(p.rows, split->rows)));
+    int bytes = partial_bytes(split->threads, split->rows, split->elements);
+    launch(kernel, {"norm_backward", dim3(p.partial_rows), dim3(split->threads, split->rows), bytes}, queue,
+           p);
+    return;
+  }
+  const Split* split = find(kLong, p.hidden);
+  int64_t blocks = min(divide_up(p.rows, split->rows), kMostBlocks);
+  launch(vectors ? norm_backward_long_kernel<T, kVector> : norm_backward_long_kernel<T, 1>,
+         {"norm_backward_long", dim3(blocks), dim3(split->threads, split->rows), kSumBytes}, queue, p);
+  if (!parameters) return;
+  int width = vectors ? kVector : 1;
+  p.partial_rows = min(p.partial_rows, divide_up(p.rows, kColumnRows));
+  dim3 grid(divide_up(p.hidden, kColumnThreads * width), p.partial_rows);
+  launch(vectors ? norm_columns_kernel<T, kVector> : norm_columns_kernel<T, 1>,
+         {"norm_columns", grid, dim3(kColumnThreads, kColumnRows),
+          partial_bytes(kColumnThreads, kColumnRows, width)},
+         queue, p);
 }
 
 }  // namespace
@@ -320,6 +617,31 @@ void norm_forward(const DeviceNormForward& p, const Queue& queue) {
     case DType::f16:
       return run_forward<f16>(p, queue);
   }
+}
+
+void norm_backward(DeviceNormBackward p, const Queue& queue) {
+  if (p.rows == 0) {
+    p.partial_rows = 0;
+  } else {
+    switch (p.dtype) {
+      case DType::f32:
+        run_backward<float>(p, queue);
+        break;
+      case DType::bf16:
+        run_backward<bf16>(p, queue);
+        break;
+      case DType::f16:
+        run_backward<f16>(p, queue);
+        break;
+    }
+  }
+  if (!p.dweight && !p.dbias) return;
+  auto kernel = p.weight_dtype == DType::f32    ? norm_reduce_kernel<float>
+                : p.weight_dtype == DType::bf16 ? norm_reduce_kernel<bf16>
+                                                : norm_reduce_kernel<f16>;
+  dim3 grid(divide_up(p.hidden, kReduceThreads), 2);
+  launch(kernel, {"norm_reduce", grid, dim3(kReduceThreads, kReduceRows), kReduceThreads * kReduceRows * 4},
+         queue, p);
 }
 
 }  // namespace fastgpt

@@ -33,26 +33,25 @@ struct DeviceNormForward : NormShape {
   float eps;
 };
 
-// As NormBackwardParams. Each block adds its rows' dweight and dbias to a row of partial sums of its own,
-// (blocks, hidden) in fp32, of which there are at most `most_blocks`.
+// As NormBackwardParams. Each block adds up its rows' share of dweight and dbias in a row of its own of
+// partial_dweight and partial_dbias, fp32 (partial_rows, hidden): at most so many blocks.
 struct DeviceNormBackward : NormShape {
   const void* dout;
   int64_t dout_stride;
+  const void* dresidual_out;
+  int64_t dresidual_stride;
   const void* z;
   int64_t z_stride;
   const void* weight;
-  const void* dresidual_out;
-  int64_t dresidual_stride;
   const float *mean, *rstd;
-  void *dx, *dresidual;
-  void *dweight, *dbias;
+  void *dx, *dresidual, *dweight, *dbias;
   float *partial_dweight, *partial_dbias;
+  int64_t partial_rows;
   DeviceDropout dropout;
   int64_t multiprocessors;
-  int64_t partial_rows;  // as launched
 };
 
 void norm_forward(const DeviceNormForward& p, const Queue& queue);
-void norm_backward(const DeviceNormBackward& p, const Queue& queue);
+void norm_backward(DeviceNormBackward p, const Queue& queue);
 
 }  // namespace fastgpt
