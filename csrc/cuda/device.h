@@ -192,6 +192,15 @@ struct Pack<T, 1> {
   __device__ __forceinline__ void pack(const float (&x)[1]) { element = from_float<T>(x[0]); }
 };
 
+// The compiler is to hold x as it is, and to compute anew what it has made of it.
+template <class T, int kElements>
+__device__ __forceinline__ void forget([[maybe_unused]] Pack<T, kElements>& x) {
+#ifndef FASTGPT_EMULATE
+#pragma unroll
+  for (uint4& chunk : x.chunks) asm volatile("" : "+r"(chunk.x), "+r"(chunk.y), "+r"(chunk.z), "+r"(chunk.w));
+#endif
+}
+
 constexpr uint32_t kAllLanes = ~0u;
 
 // Of `width` neighbouring lanes, a power of two up to 32: the same sum, bit by bit, in each.

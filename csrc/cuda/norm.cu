@@ -27,29 +27,33 @@
 namespace fastgpt {
 namespace {
 
-// How rows up to `hidden` elements are shared out.
+// How rows up to so many bytes are shared out.
 struct Split {
-  int64_t hidden;
+  int64_t bytes;
   int threads, rows;  // threads of a row, rows of a block
-  int elements;       // of a thread, in registers
+  int pieces;         // of 16 bytes, that a thread has in registers
 };
 
-// The launch tables: the first row that is long enough. Not measured on hardware yet.
-constexpr Split kForward[] = {{64, 8, 16, 8},     {256, 32, 4, 8},    {512, 32, 4, 16},  {768, 32, 4, 24},
-                              {1024, 32, 4, 32},  {1536, 64, 2, 24},  {2048, 64, 2, 32}, {3072, 128, 1, 24},
-                              {4096, 128, 1, 32}, {6144, 256, 1, 24}, {8192, 256, 1, 32}};
+// The launch tables: the first line that is long enough. Not measured on hardware yet.
+constexpr Split kForward[] = {{128, 8, 16, 1},   {512, 32, 4, 1},    {1024, 32, 4, 2},   {1536, 32, 4, 3},
+                              {2048, 32, 4, 4},  {3072, 64, 2, 3},   {4096, 64, 2, 4},   {6144, 128, 1, 3},
+                              {8192, 128, 1, 4}, {12288, 256, 1, 3}, {16384, 256, 1, 4}, {24576, 512, 1, 3},
+                              {32768, 512, 1, 4}};
 // A thread has sums over the rows, too.
-constexpr Split kBackward[] = {{64, 8, 48, 8},     {256, 16, 16, 16},  {512, 32, 8, 16},   {768, 96, 4, 8},
-                               {1024, 64, 4, 16},  {1536, 192, 2, 8},  {2048, 128, 2, 16}, {3072, 384, 1, 8},
-                               {4096, 256, 1, 16}, {6144, 384, 1, 16}, {8192, 512, 1, 16}};
+constexpr Split kBackward[] = {{128, 8, 48, 1},   {512, 32, 12, 1},   {1024, 32, 8, 2},  {1536, 96, 4, 1},
+                               {2048, 64, 4, 2},  {3072, 192, 2, 1},  {4096, 128, 2, 2}, {6144, 384, 1, 1},
+                               {8192, 256, 1, 2}, {12288, 384, 1, 2}, {16384, 512, 1, 2}};
 // Longer rows and those that are not aligned; a thread has some columns at a time.
-constexpr Split kLong[] = {{64, 8, 16, 0}, {512, 32, 4, 0}, {4096, 128, 1, 0}, {INT64_MAX, 512, 1, 0}};
+constexpr Split kLong[] = {{128, 8, 16, 0}, {1024, 32, 4, 0}, {8192, 128, 1, 0}, {INT64_MAX, 512, 1, 0}};
 constexpr int kMostThreads = 512;
+// Of norm_backward_kernel: as many registers as let two blocks of one piece, or 512 threads of two, be on a
+// multiprocessor.
+constexpr int kOnePieceThreads = 384;
 
-template <int kRows>
-const Split* find(const Split (&table)[kRows], int64_t hidden) {
+template <int kLines>
+const Split* find(const Split (&table)[kLines], int64_t bytes) {
   for (const Split& split : table)
-    if (hidden <= split.hidden) return &split;
+    if (bytes <= split.bytes) return &split;
   return nullptr;
 }
 
@@ -113,43 +117,50 @@ __device__ __forceinline__ void load_parameter(const void* parameter, bool fp32,
   }
 }
 
-// kVector elements of z, rounded to T.
+// kVector elements of what z is made of.
 template <class T, int kVector>
-__device__ __forceinline__ Pack<T, kVector> load_sum(const DeviceNormForward& p, int64_t row, int64_t column,
-                                                     float (&z)[kVector]) {
-  Pack<T, kVector> pack, other;
-  pack.load(static_cast<const T*>(p.x) + row * p.x_stride + column);
-  if (p.residual) other.load(static_cast<const T*>(p.residual) + row * p.residual_stride + column);
-  pack.unpack(z);
-  if (!p.residual && !p.dropout.rng_state) return pack;
-  if (p.dropout.rng_state)
-    drop(p.dropout, column, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), z);
-  if (p.residual) {
-    float residual[kVector];
-    other.unpack(residual);
-#pragma unroll
-    for (int i = 0; i < kVector; i++) z[i] += residual[i];
+struct Terms {
+  Pack<T, kVector> x, residual;
+
+  __device__ __forceinline__ void load(const DeviceNormForward& p, int64_t row, int64_t column) {
+    x.load(static_cast<const T*>(p.x) + row * p.x_stride + column);
+    if (p.residual) residual.load(static_cast<const T*>(p.residual) + row * p.residual_stride + column);
   }
-  pack.pack(z);
-  pack.unpack(z);
-  return pack;
-}
+  // z, rounded to T, which stays in x.
+  template <bool kDropout>
+  __device__ __forceinline__ void add(const DeviceNormForward& p, int64_t row, int64_t column,
+                                      float (&z)[kVector]) {
+    x.unpack(z);
+    if constexpr (kDropout)
+      drop(p.dropout, column, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), z);
+    if (p.residual) {
+      float other[kVector];
+      residual.unpack(other);
+#pragma unroll
+      for (int e = 0; e < kVector; e++) z[e] += other[e];
+    }
+    if (kDropout || p.residual) {
+      x.pack(z);
+      x.unpack(z);
+    }
+  }
+  __device__ __forceinline__ void store_sum(const DeviceNormForward& p, int64_t row, int64_t column) const {
+    if (p.residual_out) x.store(static_cast<T*>(p.residual_out) + row * p.hidden + column);
+  }
+};
 
 // xhat weight + bias, rounded, to out.
 template <class T, int kVector>
 __device__ __forceinline__ void store_affine(const DeviceNormForward& p, int64_t row, int64_t column,
                                              float (&xhat)[kVector]) {
   bool fp32 = p.weight_dtype == DType::f32;
-  float parameter[kVector];
-  if (p.weight) {
-    load_parameter<T>(p.weight, fp32, column, parameter);
+  float weight[kVector], bias[kVector];
+  if (p.weight) load_parameter<T>(p.weight, fp32, column, weight);
+  if (p.bias) load_parameter<T>(p.bias, fp32, column, bias);
 #pragma unroll
-    for (int i = 0; i < kVector; i++) xhat[i] *= parameter[i];
-  }
-  if (p.bias) {
-    load_parameter<T>(p.bias, fp32, column, parameter);
-#pragma unroll
-    for (int i = 0; i < kVector; i++) xhat[i] += parameter[i];
+  for (int e = 0; e < kVector; e++) {
+    if (p.weight) xhat[e] *= weight[e];
+    if (p.bias) xhat[e] += bias[e];
   }
   Pack<T, kVector> pack;
   pack.pack(xhat);
@@ -158,7 +169,7 @@ __device__ __forceinline__ void store_affine(const DeviceNormForward& p, int64_t
 
 // out, mean, rstd and, where there is memory for it, z of blockDim.y rows, each in the registers of
 // blockDim.x threads: piece i of thread t is the kVector elements from (i blockDim.x + t) kVector on.
-template <class T, int kVector, int kPieces>
+template <class T, int kVector, int kPieces, bool kDropout>
 __global__ void __launch_bounds__(kMostThreads)
     norm_forward_kernel(const __grid_constant__ DeviceNormForward p) {
   int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -170,12 +181,15 @@ __global__ void __launch_bounds__(kMostThreads)
     return static_cast<int64_t>((piece * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) *
                                 kVector);
   };
+  Terms<T, kVector> terms[kPieces];
+#pragma unroll
+  for (int i = 0; i < kPieces; i++)
+    if (has_row && column_of(i) < p.hidden) terms[i].load(p, row, column_of(i));
 #pragma unroll
   for (int i = 0; i < kPieces; i++) {
-    int64_t column = column_of(i);
-    if (has_row && column < p.hidden) {
-      Pack<T, kVector> pack = load_sum<T, kVector>(p, row, column, z[i]);
-      if (p.residual_out) pack.store(static_cast<T*>(p.residual_out) + row * p.hidden + column);
+    if (has_row && column_of(i) < p.hidden) {
+      terms[i].template add<kDropout>(p, row, column_of(i), z[i]);
+      terms[i].store_sum(p, row, column_of(i));
     } else {
 #pragma unroll
       for (int e = 0; e < kVector; e++) z[i][e] = 0.0f;
@@ -228,7 +242,7 @@ __global__ void __launch_bounds__(kMostThreads)
 // Each lane follows the mean of what it sees, and the squares about it (Welford 1962), of z less a pivot, the
 // mean of the first columns; then the lanes are joined (Chan, Golub & LeVeque 1983). So no variance is a
 // difference of large moments, and a large mean's rounding is not seen.
-template <class T, int kVector>
+template <class T, int kVector, bool kDropout>
 __global__ void __launch_bounds__(kMostThreads)
     norm_forward_long_kernel(const __grid_constant__ DeviceNormForward p) {
   RowSum row_sum;
@@ -239,18 +253,21 @@ __global__ void __launch_bounds__(kMostThreads)
     int64_t row = first + threadIdx.y;
     bool has_row = row < p.rows;
     int64_t end = has_row ? p.hidden : 0;
+    Terms<T, kVector> terms;
     float z[kVector], means[kVector] = {}, squares[kVector] = {}, seen = 0.0f, pivot = 0.0f;
     if (p.mean) {
       float total = 0.0f;
       if (start < end) {
-        load_sum<T, kVector>(p, row, start, z);
+        terms.load(p, row, start);
+        terms.template add<kDropout>(p, row, start, z);
         total = sum(z);
       }
       pivot = row_sum(total) / static_cast<float>(step < p.hidden ? step : p.hidden);
     }
     for (int64_t column = start; column < end; column += step) {
-      Pack<T, kVector> pack = load_sum<T, kVector>(p, row, column, z);
-      if (p.residual_out) pack.store(static_cast<T*>(p.residual_out) + row * p.hidden + column);
+      terms.load(p, row, column);
+      terms.template add<kDropout>(p, row, column, z);
+      terms.store_sum(p, row, column);
       if (!p.mean) {
 #pragma unroll
         for (int e = 0; e < kVector; e++) squares[e] += z[e] * z[e];
@@ -280,7 +297,8 @@ __global__ void __launch_bounds__(kMostThreads)
       p.rstd[row] = rstd;
     }
     for (int64_t column = start; column < end; column += step) {
-      load_sum<T, kVector>(p, row, column, z);
+      terms.load(p, row, column);
+      terms.template add<kDropout>(p, row, column, z);
 #pragma unroll
       for (int e = 0; e < kVector; e++) z[e] = (z[e] - pivot - rest) * rstd;
       store_affine<T, kVector>(p, row, column, z);
@@ -295,7 +313,7 @@ __global__ void __launch_bounds__(kMostThreads)
 //   dweight = sum over rows of dout xhat,  dbias = sum over rows of dout
 
 // dresidual and dx of kVector elements; dz is so far what reaches z by way of out.
-template <class T, int kVector>
+template <class T, int kVector, bool kDropout>
 __device__ __forceinline__ void store_gradients(const DeviceNormBackward& p, int64_t row, int64_t column,
                                                 float (&dz)[kVector]) {
   Pack<T, kVector> pack;
@@ -310,7 +328,7 @@ __device__ __forceinline__ void store_gradients(const DeviceNormBackward& p, int
     pack.pack(dz);
     pack.store(static_cast<T*>(p.dresidual) + row * p.hidden + column);
   }
-  if (p.dropout.rng_state)
+  if constexpr (kDropout)
     drop(p.dropout, column, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), dz);
   pack.pack(dz);
   pack.store(static_cast<T*>(p.dx) + row * p.hidden + column);
@@ -343,8 +361,8 @@ constexpr int partial_bytes(int threads, int rows, int elements) {
 // dx, dresidual, and what the block's rows add to dweight and dbias. A block owns every gridDim.x-th group of
 // blockDim.y rows, each in the registers of blockDim.x threads as in norm_forward_kernel; the next group's
 // are on their way while one is computed.
-template <class T, int kVector, int kPieces>
-__global__ void __launch_bounds__(kMostThreads)
+template <class T, int kVector, int kPieces, bool kDropout>
+__global__ void __launch_bounds__(kPieces == 1 ? kOnePieceThreads : kMostThreads, kPieces == 1 ? 2 : 1)
     norm_backward_kernel(const __grid_constant__ DeviceNormBackward p) {
   constexpr int kElements = kPieces * kVector;
   RowSum row_sum;
@@ -382,21 +400,28 @@ __global__ void __launch_bounds__(kMostThreads)
     int64_t row = first + threadIdx.y;
     bool has_row = row < p.rows;
     float mean = has_row && p.mean ? p.mean[row] : 0.0f, rstd = has_row ? p.rstd[row] : 0.0f;
-    float g[kElements], xhat[kElements], sums[2] = {};
+    Pack<T, kVector> dout_pack[kPieces], z_pack[kPieces];
+    float sums[2] = {};
+    auto unpack = [&](int i, float (&g)[kVector], float (&xhat)[kVector]) {
+      dout_pack[i].unpack(g);
+      z_pack[i].unpack(xhat);
+#pragma unroll
+      for (int e = 0; e < kVector; e++) xhat[e] = (xhat[e] - mean) * rstd;
+    };
 #pragma unroll
     for (int i = 0; i < kPieces; i++) {
-      float dout[kVector], z[kVector];
-      next_dout[i].unpack(dout);
-      next_z[i].unpack(z);
+      float g[kVector], xhat[kVector];
+      dout_pack[i] = next_dout[i];
+      z_pack[i] = next_z[i];
+      unpack(i, g, xhat);
 #pragma unroll
       for (int e = 0; e < kVector; e++) {
         int at = i * kVector + e;
-        xhat[at] = (z[e] - mean) * rstd;
-        dweight[at] += dout[e] * xhat[at];
-        dbias[at] += dout[e];
-        g[at] = dout[e] * weight[at];
-        sums[0] += g[at] * xhat[at];
-        sums[1] += g[at];
+        dweight[at] += g[e] * xhat[e];
+        dbias[at] += g[e];
+        g[e] *= weight[at];
+        sums[0] += g[e] * xhat[e];
+        sums[1] += g[e];
       }
     }
     fetch(row + step);
@@ -406,13 +431,15 @@ __global__ void __launch_bounds__(kMostThreads)
     for (int i = 0; i < kPieces; i++) {
       int column = column_of(i * kVector);
       if (!has_row || column >= p.hidden) continue;
-      float dz[kVector];
+      // Unpacked again: fewer registers than to keep them in fp32 meanwhile.
+      forget(dout_pack[i]);
+      forget(z_pack[i]);
+      float g[kVector], xhat[kVector];
+      unpack(i, g, xhat);
 #pragma unroll
-      for (int e = 0; e < kVector; e++) {
-        int at = i * kVector + e;
-        dz[e] = (g[at] - xhat[at] * mean_gx - mean_g) * rstd;
-      }
-      store_gradients<T, kVector>(p, row, column, dz);
+      for (int e = 0; e < kVector; e++)
+        g[e] = (g[e] * weight[i * kVector + e] - xhat[e] * mean_gx - mean_g) * rstd;
+      store_gradients<T, kVector, kDropout>(p, row, column, g);
     }
   }
   int64_t at = int64_t{blockIdx.x} * p.hidden;
@@ -422,7 +449,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // dx and dresidual of rows of any length, blockDim.y at a time: a walk for the means, and one for the
 // gradients.
-template <class T, int kVector>
+template <class T, int kVector, bool kDropout>
 __global__ void __launch_bounds__(kMostThreads)
     norm_backward_long_kernel(const __grid_constant__ DeviceNormBackward p) {
   RowSum row_sum;
@@ -467,7 +494,7 @@ __global__ void __launch_bounds__(kMostThreads)
       float dz[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; e++) dz[e] = (g[e] - xhat[e] * mean_gx - mean_g) * rstd;
-      store_gradients<T, kVector>(p, row, column, dz);
+      store_gradients<T, kVector, kDropout>(p, row, column, dz);
     }
   }
 }
@@ -542,60 +569,62 @@ bool aligned(int64_t hidden, std::initializer_list<int64_t> strides,
   return all;
 }
 
-template <class T>
+template <class T, bool kDropout>
 void run_forward(const DeviceNormForward& p, const Queue& queue) {
   constexpr int kVector = 16 / sizeof(T);
+  int64_t bytes = p.hidden * static_cast<int64_t>(sizeof(T));
   bool vectors = aligned<kVector>(p.hidden, {p.x_stride, p.residual_stride},
                                   {p.x, p.residual, p.weight, p.bias, p.out, p.residual_out});
-  const Split* split = vectors ? find(kForward, p.hidden) : nullptr;
+  const Split* split = vectors ? find(kForward, bytes) : nullptr;
   void (*kernel)(DeviceNormForward) = nullptr;
   const char* name = "norm_forward";
   if (split) {
-    switch (split->elements) {
-      case 8:
-        kernel = norm_forward_kernel<T, kVector, 8 / kVector>;
+    switch (split->pieces) {
+      case 1:
+        kernel = norm_forward_kernel<T, kVector, 1, kDropout>;
         break;
-      case 16:
-        kernel = norm_forward_kernel<T, kVector, 16 / kVector>;
+      case 2:
+        kernel = norm_forward_kernel<T, kVector, 2, kDropout>;
         break;
-      case 24:
-        kernel = norm_forward_kernel<T, kVector, 24 / kVector>;
+      case 3:
+        kernel = norm_forward_kernel<T, kVector, 3, kDropout>;
         break;
-      case 32:
-        kernel = norm_forward_kernel<T, kVector, 32 / kVector>;
+      case 4:
+        kernel = norm_forward_kernel<T, kVector, 4, kDropout>;
         break;
     }
   } else {
-    split = find(kLong, p.hidden);
-    kernel = vectors ? norm_forward_long_kernel<T, kVector> : norm_forward_long_kernel<T, 1>;
+    split = find(kLong, bytes);
+    kernel =
+        vectors ? norm_forward_long_kernel<T, kVector, kDropout> : norm_forward_long_kernel<T, 1, kDropout>;
     name = "norm_forward_long";
   }
   int64_t blocks = min(divide_up(p.rows, split->rows), kMostBlocks);
   launch(kernel, {name, dim3(blocks), dim3(split->threads, split->rows), kSumBytes}, queue, p);
 }
 
-template <class T>
+template <class T, bool kDropout>
 void run_backward(DeviceNormBackward& p, const Queue& queue) {
   constexpr int kVector = 16 / sizeof(T);
+  int64_t bytes = p.hidden * static_cast<int64_t>(sizeof(T));
   bool vectors = aligned<kVector>(p.hidden, {p.dout_stride, p.z_stride, p.dresidual_stride},
                                   {p.dout, p.z, p.weight, p.dresidual_out, p.dx, p.dresidual});
-  bool parameters = p.dweight || p.dbias;
-  if (const Split* split = vectors ? find(kBackward, p.hidden) : nullptr) {
-    auto kernel = split->elements == 8 ? norm_backward_kernel<T, kVector, 8 / kVector>
-                                       : norm_backward_kernel<T, kVector, 16 / kVector>;
-    // Blocks that a multiprocessor has at a time; of 16 elements, threads take up to 128 registers.
-    int resident = split->elements == 16 && split->threads * split->rows > 256 ? 1 : 2;
+  if (const Split* split = vectors ? find(kBackward, bytes) : nullptr) {
+    auto kernel = split->pieces == 1 ? norm_backward_kernel<T, kVector, 1, kDropout>
+                                     : norm_backward_kernel<T, kVector, 2, kDropout>;
+    int resident = split->pieces == 1 || split->threads * split->rows <= kMostThreads / 2 ? 2 : 1;
     p.partial_rows = min(p.partial_rows, min(resident * p.multiprocessors, divide_up(p.rows, split->rows)));
-    int bytes = partial_bytes(split->threads, split->rows, split->elements);
-    launch(kernel, {"norm_backward", dim3(p.partial_rows), dim3(split->threads, split->rows), bytes}, queue,
-           p);
+    int shared_bytes = partial_bytes(split->threads, split->rows, split->pieces * kVector);
+    launch(kernel, {"norm_backward", dim3(p.partial_rows), dim3(split->threads, split->rows), shared_bytes},
+           queue, p);
     return;
   }
-  const Split* split = find(kLong, p.hidden);
+  const Split* split = find(kLong, bytes);
   int64_t blocks = min(divide_up(p.rows, split->rows), kMostBlocks);
-  launch(vectors ? norm_backward_long_kernel<T, kVector> : norm_backward_long_kernel<T, 1>,
-         {"norm_backward_long", dim3(blocks), dim3(split->threads, split->rows), kSumBytes}, queue, p);
-  if (!parameters) return;
+  launch(
+      vectors ? norm_backward_long_kernel<T, kVector, kDropout> : norm_backward_long_kernel<T, 1, kDropout>,
+      {"norm_backward_long", dim3(blocks), dim3(split->threads, split->rows), kSumBytes}, queue, p);
+  if (!p.dweight && !p.dbias) return;
   int width = vectors ? kVector : 1;
   p.partial_rows = min(p.partial_rows, divide_up(p.rows, kColumnRows));
   dim3 grid(divide_up(p.hidden, kColumnThreads * width), p.partial_rows);
@@ -611,11 +640,11 @@ void norm_forward(const DeviceNormForward& p, const Queue& queue) {
   if (p.rows == 0) return;
   switch (p.dtype) {
     case DType::f32:
-      return run_forward<float>(p, queue);
+      return p.dropout.rng_state ? run_forward<float, true>(p, queue) : run_forward<float, false>(p, queue);
     case DType::bf16:
-      return run_forward<bf16>(p, queue);
+      return p.dropout.rng_state ? run_forward<bf16, true>(p, queue) : run_forward<bf16, false>(p, queue);
     case DType::f16:
-      return run_forward<f16>(p, queue);
+      return p.dropout.rng_state ? run_forward<f16, true>(p, queue) : run_forward<f16, false>(p, queue);
   }
 }
 
@@ -625,13 +654,13 @@ void norm_backward(DeviceNormBackward p, const Queue& queue) {
   } else {
     switch (p.dtype) {
       case DType::f32:
-        run_backward<float>(p, queue);
+        p.dropout.rng_state ? run_backward<float, true>(p, queue) : run_backward<float, false>(p, queue);
         break;
       case DType::bf16:
-        run_backward<bf16>(p, queue);
+        p.dropout.rng_state ? run_backward<bf16, true>(p, queue) : run_backward<bf16, false>(p, queue);
         break;
       case DType::f16:
-        run_backward<f16>(p, queue);
+        p.dropout.rng_state ? run_backward<f16, true>(p, queue) : run_backward<f16, false>(p, queue);
         break;
     }
   }
