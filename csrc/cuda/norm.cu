@@ -170,7 +170,7 @@ __device__ __forceinline__ void store_affine(const DeviceNormForward& p, int64_t
 // out, mean, rstd and, where there is memory for it, z of blockDim.y rows, each in the registers of
 // blockDim.x threads: piece i of thread t is the kVector elements from (i blockDim.x + t) kVector on.
 template <class T, int kVector, int kPieces, bool kDropout>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     norm_forward_kernel(const __grid_constant__ DeviceNormForward p) {
   int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   bool has_row = row < p.rows;
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kMostThreads)
 // mean of the first columns; then the lanes are joined (Chan, Golub & LeVeque 1983). So no variance is a
 // difference of large moments, and a large mean's rounding is not seen.
 template <class T, int kVector, bool kDropout>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     norm_forward_long_kernel(const __grid_constant__ DeviceNormForward p) {
   RowSum row_sum;
   float scale = 1.0f / static_cast<float>(p.hidden);
@@ -450,7 +450,7 @@ __global__ void __launch_bounds__(kPieces == 1 ? kOnePieceThreads : kMostThreads
 // dx and dresidual of rows of any length, blockDim.y at a time: a walk for the means, and one for the
 // gradients.
 template <class T, int kVector, bool kDropout>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     norm_backward_long_kernel(const __grid_constant__ DeviceNormBackward p) {
   RowSum row_sum;
   float scale = 1.0f / static_cast<float>(p.hidden);
