@@ -46,8 +46,10 @@ nightly: $(VENV)/.stamp-dev
 	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest tests/test_random.py \
 		--hypothesis-profile=nightly --hypothesis-show-statistics
 
-# Every Triton kernel, configuration and dtype, compiled for chips that need not be there; a few minutes.
+# Every Triton kernel, configuration and dtype, compiled for chips that need not be there; a few minutes. And what
+# the CUDA kernels have become, where there is an nvcc.
 gpu-compile: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/cuda_report.py --output benchmarks/results/cuda-compile-report.md || test $$? = 2
 	$(BIN)/python benchmarks/compile_report.py --output benchmarks/results/triton-compile-report.md
 
 # On a machine with a GPU, by its own Python with torch, triton, setuptools, pybind11, cmake and ninja; nothing is

@@ -205,7 +205,9 @@ constexpr uint32_t kAllLanes = ~0u;
 
 // Of `width` neighbouring lanes, a power of two up to 32: the same sum, bit by bit, in each.
 __device__ __forceinline__ float warp_sum(float x, int width) {
-  for (int distance = width / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    if (distance < width) x += __shfl_xor_sync(kAllLanes, x, distance);
   return x;
 }
 

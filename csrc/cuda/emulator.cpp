@@ -207,6 +207,9 @@ void prepare(Fiber& fiber, int number, dim3 size, const Stacks& stacks) {
   fiber.lane = number % kWarp;
   fiber.returned = false;
   fiber.ready = nullptr;
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(stacks.bottom(number), kStack);  // what fibers before have left there
+#endif
   void** top = reinterpret_cast<void**>(stacks.bottom(number) + kStack) - 2;
   void** words = top - kFrameWords;
   std::fill(words, top, nullptr);

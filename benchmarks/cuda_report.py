@@ -1,0 +1,110 @@
+"""What the CUDA kernels in the built module take: registers, spills and shared memory, by chip.
+
+    python benchmarks/cuda_report.py --output benchmarks/results/cuda-compile-report.md
+
+Reads the machine code in fastgpt._cuda; no GPU is needed. Exits with 1 if a kernel spills, or if the module has
+none for a chip of CHIPS. Shared memory is what a kernel has beside the dynamic one that its launch asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+CHIPS = ("sm_80", "sm_90")
+
+
+class Row(NamedTuple):
+    """A kernel for a chip; the fields are the report's columns."""
+
+    chip: str
+    kernel: str
+    registers: int
+    spilled: int  # bytes
+    shared: int  # bytes
+
+
+def find_cuobjdump() -> str | None:
+    """The CUDA toolkit's, else the one that comes with triton."""
+    if found := shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return shutil.which(f"{spec.submodule_search_locations[0]}/backends/nvidia/bin/cuobjdump")
+
+
+def _short(kernel: str) -> str:
+    """Without namespaces and parameters."""
+    return re.sub(r"fastgpt::|\(anonymous namespace\)::|^void ", "", kernel).partition("(")[0]
+
+
+def rows(cuobjdump: str, module: str) -> list[Row]:
+    usage = subprocess.run(
+        [cuobjdump, "-res-usage", module], capture_output=True, text=True, check=True
+    ).stdout
+    named = subprocess.run(["c++filt"], input=usage, capture_output=True, text=True, check=True).stdout
+    found, chip, kernel = [], "", ""
+    for line in named.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            chip = match[1]
+        elif match := re.match(r"\s*Function (.*):$", line):
+            kernel = _short(match[1])
+        elif "REG:" in line:
+            n = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+            found.append(Row(chip, kernel, n["REG"], n["STACK"] + n["LOCAL"], n["SHARED"]))
+    return sorted(found)
+
+
+def faults(table: list[Row]) -> list[str]:
+    missing = [f"no kernel for {chip}" for chip in CHIPS if chip not in {row.chip for row in table}]
+    return missing + [f"{row.chip} {row.kernel} spills {row.spilled} bytes" for row in table if row.spilled]
+
+
+def markdown(table: list[Row]) -> str:
+    lines = [
+        "# What the CUDA kernels compile to",
+        "",
+        "By `make gpu-compile`, without a GPU. spilled: bytes of a thread in local memory; shared: bytes beside",
+        "the dynamic shared memory of a launch. **Not run on hardware.**",
+        "",
+        *(f"- {fault}" for fault in faults(table)),
+        "| " + " | ".join(Row._fields) + " |",
+        "|---" * len(Row._fields) + "|",
+        *("| " + " | ".join(map(str, row)) + " |" for row in table),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--output", type=Path, metavar="FILE", help="write the report, in Markdown")
+    args = options.parse_args()
+    spec, cuobjdump = importlib.util.find_spec("fastgpt._cuda"), find_cuobjdump()
+    if spec is None or spec.origin is None or cuobjdump is None:
+        what = "cuobjdump was not found" if spec else "fastgpt._cuda was not built (nvcc was not found)"
+        print(f"cuda_report: {what}", file=sys.stderr)
+        return 2
+    table = rows(cuobjdump, spec.origin)
+    for row in table:
+        print("  ".join(map(str, row)))
+    for fault in faults(table):
+        print(f"FAULT: {fault}")
+    size = Path(spec.origin).stat().st_size
+    most = max((row.registers for row in table), default=0)
+    print(
+        f"{len(table)} kernels, at most {most} registers, {len(faults(table))} faults, {size / 2**20:.1f} MiB"
+    )
+    if args.output:
+        args.output.write_text(markdown(table), encoding="utf-8")
+    return 1 if faults(table) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
