@@ -4,8 +4,9 @@
 
 The calls below go through the ops' own launchers, so what is compiled is what they would launch, with its
 configuration. Exits with 1 if a kernel does not compile, takes more shared or tensor memory than the chip
-has, does without Hopper's HGMMA (attention in 16 bits on sm_90, but for dropout and dbias), is compiled again
-for other lengths, or spills on a chip that the tables were made for. Known to spill: see KNOWN.
+has, does without Hopper's HGMMA (attention in 16 bits on sm_90, but for dropout, dbias and every option at
+head dim 256), is compiled again for other lengths, or spills on a chip that the tables were made for. Known
+to spill: see KNOWN.
 """
 
 from __future__ import annotations
@@ -391,7 +392,8 @@ def _row(chip_name: str, call: Call, kernel: Any) -> Row:
     if row.shared > chip.program_shared:
         row.faults.append(f"takes {row.shared} bytes of shared memory, {chip.program_shared} are there")
     hopper = chip_name == "sm_90" and call.op == "attention" and call.dtype != FP32
-    small = "dbias" in row.kernel or "dropout" in call.label  # tiles of 16 and 32 rows, for want of registers
+    # Tiles of 16 and 32 rows, for want of registers.
+    small = "dbias" in row.kernel or "dropout" in call.label or call.label.startswith("d 256 window")
     if hopper and not small and "tt.dot" in kernel.asm["ttir"] and "HGMMA" not in row.matrix:
         row.faults.append("has no HGMMA")
     return row
