@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A plain `torch` brings gigabytes of CUDA packages; this release has a CPU build on the development machines.
 TORCH ?= 2.13.0
 
-.PHONY: demo test nightly gpu-compile gpu gpu-build gpu-parity gpu-bench sanitize test-torch test-native test-neon lint format bench clean
+.PHONY: demo test nightly gpu-compile gpu gpu-build gpu-parity gpu-cuda gpu-bench sanitize test-torch test-native test-neon lint format bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,19 +35,19 @@ test: $(VENV)/.stamp-dev
 	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest
 	TRITON_INTERPRET=1 FASTGPT_REQUIRE_BACKENDS=triton OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n auto -k "triton or test_device"
-	FASTGPT_CUDA_EMULATE=1 FASTGPT_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
-		-k "cuda or test_emulator" $(CUDA_TESTS)
+	FASTGPT_CUDA_EMULATE=1 FASTGPT_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto -k "cuda or test_emulator" $(CUDA_TESTS)
 
 # Of ops that have CUDA kernels.
-CUDA_TESTS := tests/test_emulator.py tests/test_norm.py
+CUDA_TESTS := tests/test_emulator.py tests/test_norm.py tests/test_random.py::test_random_norm
 
 # 600 random specifications of each op against `reference`: what ran is in the statistics.
 nightly: $(VENV)/.stamp-dev
 	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest tests/test_random.py \
 		--hypothesis-profile=nightly --hypothesis-show-statistics
 
-# Every Triton kernel, configuration and dtype, compiled for chips that need not be there; a few minutes. And what
-# the CUDA kernels have become, where there is an nvcc.
+# Every Triton kernel, configuration and dtype, compiled for chips that need not be there; ten minutes or so. And
+# what the CUDA kernels have become, where there is an nvcc.
 gpu-compile: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/cuda_report.py --output benchmarks/results/cuda-compile-report.md || test $$? = 2
 	$(BIN)/python benchmarks/compile_report.py --output benchmarks/results/triton-compile-report.md
@@ -66,7 +66,7 @@ named = file=$(RESULTS)/$$($(GPU_PYTHON) -c \
 	"import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")-$(DATE)-$(1)
 
 gpu:
-	status=0; for stage in gpu-parity gpu-bench; do $(MAKE) $$stage || status=$$?; done; exit $$status
+	status=0; for stage in gpu-parity gpu-cuda gpu-bench; do $(MAKE) $$stage || status=$$?; done; exit $$status
 
 gpu-build:
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
@@ -77,6 +77,11 @@ gpu-parity: gpu-build
 	timeout 330 $(GPU_RUN) verify --backend triton --full --json "$$file" || status=$$?; \
 	timeout 140 $(GPU_RUN) verify --backend cpu --full --jobs 8 --json "$$file" || status=$$?; \
 	exit $$status
+
+# Built where there is an nvcc.
+gpu-cuda: gpu-build
+	@ls fastgpt/_cuda.*.so > /dev/null || exit 0; $(call named,cuda-parity.json); \
+	timeout 470 $(GPU_RUN) verify --backend cuda --full --json "$$file"
 
 gpu-bench: gpu-build
 	@$(call named,bench); status=0; \

@@ -2,8 +2,9 @@
 
     python benchmarks/cuda_report.py --output benchmarks/results/cuda-compile-report.md
 
-Reads the machine code in fastgpt._cuda; no GPU is needed. Exits with 1 if a kernel spills, or if the module has
-none for a chip of CHIPS. Shared memory is what a kernel has beside the dynamic one that its launch asks for.
+Reads the machine code in fastgpt._cuda; no GPU is needed. Exits with 1 if a kernel spills, or if the module
+has none for a chip of CHIPS, with 2 if there is nothing to read. Shared memory is what a kernel has beside
+the dynamic one that its launch asks for.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def markdown(table: list[Row]) -> str:
     lines = [
         "# What the CUDA kernels compile to",
         "",
-        "By `make gpu-compile`, without a GPU. spilled: bytes of a thread in local memory; shared: bytes beside",
-        "the dynamic shared memory of a launch. **Not run on hardware.**",
+        "By `make gpu-compile`, without a GPU. spilled: bytes of a thread in local memory; shared: bytes",
+        "beside the dynamic shared memory of a launch. **Not run on hardware.**",
         "",
         *(f"- {fault}" for fault in faults(table)),
         "| " + " | ".join(Row._fields) + " |",

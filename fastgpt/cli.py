@@ -370,13 +370,14 @@ def _verify(args: argparse.Namespace) -> int:
             raise CommandError(f"--json: {error}") from error
     verdicts = {verdict.key: verdict for verdict in kept}
     for backend in _verified_backends(args.backend):
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU: that proves no GPU
-        gpu = backend in dispatch.GPU_KERNELS and torch.cuda.is_available() and not interpreted
+        elsewhere = {"triton": "TRITON_INTERPRET", "cuda": "FASTGPT_CUDA_EMULATE"}.get(backend, "")
+        on_cpu = os.environ.get(elsewhere) == "1"  # that proves no GPU
+        gpu = backend in dispatch.GPU_KERNELS and torch.cuda.is_available() and not on_cpu
         identity = proof.identity(backend, torch.cuda.current_device()) if gpu else None
         if facts["identity"].setdefault(backend, identity) != identity:
             raise CommandError(f"--json: {args.json} is of another device or another version")
         ops = [op for op in args.op if _written(op, backend)]
-        # Medium sizes take hours in Triton's interpreter, and most of a minute on a CPU.
+        # Medium sizes take hours in Triton's interpreter or the emulator, and most of a minute on a CPU.
         checks = run.table(ops, args.full, medium=gpu or backend == "cpu")
         wanted = {run.key(check, backend): check for check in checks}
         todo = [
@@ -474,7 +475,7 @@ def _backends(args: argparse.Namespace) -> int:
             return "yes"
         if not torch.cuda.is_available():
             return "interpreted"
-        return "yes" if dispatch.proven(backend, op) else "unproven"
+        return "unproven" if dispatch.unproven(backend, op) else "yes"
 
     print(
         _columns(

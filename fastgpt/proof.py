@@ -40,10 +40,12 @@ def _version(distribution: str) -> str:
 
 
 @functools.cache
-def _sources() -> str:
-    """A digest of the package's ops: a proof ends where they change, whatever the version says."""
-    digest = hashlib.sha256()
-    for file in sorted((Path(__file__).parent / "ops").rglob("*.py")):
+def _sources(backend: str) -> str:
+    """A digest of the package's ops, and of the native module that has the kernels: a proof ends where they
+    change, whatever the version says."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    native = package.glob("_cuda.*") if backend == "cuda" else ()
+    for file in sorted([*(package / "ops").rglob("*.py"), *native]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -58,7 +60,7 @@ def identity(backend: str, device: torch.device | int) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "fastgpt": _version("fastgpt-kernels"),
-        "sources": _sources(),
+        "sources": _sources(backend),
     }
 
 

@@ -16,7 +16,7 @@ from test_structure import PACKAGE, python
 
 import fastgpt
 from fastgpt import dispatch, proof
-from fastgpt.ops import checks
+from fastgpt.ops import checks, cuda
 from fastgpt.ops.attention.spec import AttentionCall
 from fastgpt.ops.native import refusals
 
@@ -117,9 +117,9 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(
         dispatch, "implementation", lambda op, name: kernels if name == "triton" else known(op, name)
     )
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     yield
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
 
 
 def test_auto_takes_gpu_kernels_once_their_parity_is_on_record(gpu, caplog, monkeypatch):
@@ -131,22 +131,25 @@ def test_auto_takes_gpu_kernels_once_their_parity_is_on_record(gpu, caplog, monk
     assert dispatch.resolve(asked, "triton") == "triton"  # by name, an unproven kernel runs
 
     file = proof.save(proof.identity("triton", 0), ["attention", "norm"])
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "triton"
-    assert not dispatch.proven("triton", "decode") and not dispatch.proven("cuda", "attention")
+    assert (
+        dispatch.unproven("triton", "decode") == dispatch.unproven("cuda", "attention") == ["a GPU (sm_90)"]
+    )
     file.write_text("half a fi")
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "torch"
 
     monkeypatch.setitem(dispatch.PROVEN, ("triton", "attention", "sm_90"), "shown.json")
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "triton"
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # a tensor may be on either
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "torch"
+    assert dispatch.unproven("triton", "attention") == ["another (sm_80)"]
     proof.save(proof.identity("triton", 1), ["attention"])
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "triton"
 
 
@@ -159,6 +162,58 @@ def test_a_proof_holds_for_what_it_was_made_with(gpu, changed):
     assert proof.load(other) == []
     proof.path(identity).rename(proof.path(other))
     assert proof.load(other) == []
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The CUDA kernels as if they were built, on a machine that has what they need."""
+    module = types.SimpleNamespace(unavailable=lambda: "")
+    monkeypatch.setattr(cuda, "EMULATED", False)
+    monkeypatch.setattr(cuda, "load", lambda: module)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda gpu: (8, 0))
+    return module
+
+
+def test_cuda_kernels_say_what_is_missing(built, monkeypatch):
+    assert cuda.unavailable() is None
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda gpu: (7, 5))
+    assert cuda.unavailable() == "the GPU is sm_75, and the kernels need sm_80 or later"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cuda.unavailable() == "torch sees no GPU"
+    built.unavailable = lambda: "no NVIDIA driver"
+    assert cuda.unavailable() == "no NVIDIA driver"
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert cuda.unavailable() == f"torch {torch.__version__} was built without CUDA"
+    monkeypatch.setattr(cuda, "load", lambda: __import__("fastgpt._cuda_which_is_not_here"))
+    monkeypatch.setattr(cuda, "MODULE", "fastgpt._cuda_which_is_not_here")
+    assert "nvcc was not found when the package was built" in cuda.unavailable()
+
+
+@pytest.mark.skipif(not list(PACKAGE.glob("_cuda.*")), reason="built without nvcc")
+def test_the_cuda_module_is_harmless_where_there_is_no_driver():
+    """It is imported, finds no driver, or one, and starts nothing: a fork afterwards may still use CUDA."""
+    code = (
+        "import torch, os\nfrom fastgpt import _cuda\nreason = _cuda.unavailable()\n"
+        "driver = os.path.exists('/proc/driver/nvidia/version')\n"
+        "assert driver or reason.startswith('no NVIDIA driver'), reason\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_op_without_kernels_of_a_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+
+    def missing(op, backend):
+        raise ModuleNotFoundError(name=f"fastgpt.ops.{op}.{backend}")
+
+    monkeypatch.setattr(dispatch, "implementation", missing)
+    with pytest.raises(fastgpt.BackendUnsupported, match="has no cuda kernels for attention"):
+        dispatch.resolve(call(), "cuda")
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")

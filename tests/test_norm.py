@@ -46,7 +46,7 @@ def parity_calls():
                 yield pytest.param(case, kind, dtype, backend, id=f"{case}-{backend}-{kind}-{dtype}")
 
 
-EXACT = [name for name in AVAILABLE if name in ("cpu", "triton")]  # more so than plain PyTorch
+EXACT = [name for name in AVAILABLE if name in ("cpu", "triton", "cuda")]  # more so than plain PyTorch
 
 
 @pytest.fixture(autouse=True)
