@@ -45,6 +45,11 @@ def test_barriers_and_memory():
     assert torch.equal(out[160:192], torch.arange(32.0).flip(0))
 
 
+def test_a_missing_barrier_shows():
+    out = run("missing_barrier")
+    assert out[:31].isnan().all() and out[33:64].isnan().all()
+
+
 @pytest.mark.parametrize(
     "kernel,message",
     [

@@ -282,10 +282,13 @@ std::string deadlock() {
 void run_block(const Stacks& stacks) {
   reset();
   for (int i = 0; i < count; i++) prepare(fibers[i], i, block.size, stacks);
+  bool backwards = true;
   while (returned < count) {
     bool progress = false;
+    // In turn first to last and last to first: a missing barrier shows whoever it was to wait for.
+    backwards = !backwards;
     for (int i = 0; i < count; i++) {
-      Fiber& fiber = fibers[i];
+      Fiber& fiber = fibers[backwards ? count - 1 - i : i];
       if (fiber.returned || (fiber.ready && !fiber.ready(fiber.context))) continue;
       progress = true;
       to_fiber(fiber, stacks);
