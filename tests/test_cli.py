@@ -252,7 +252,7 @@ def test_backends_says_what_has_run_on_hardware(capsys, monkeypatch):
 )
 def test_backends_says_what_auto_would_take(capsys, monkeypatch, gpu, proven, state):
     monkeypatch.setattr(dispatch, "unavailable", lambda backend: None if backend == "triton" else "gone")
-    monkeypatch.setattr(dispatch, "proven", lambda backend, op: bool(proven))
+    monkeypatch.setattr(dispatch, "unproven", lambda backend, op: [] if proven else ["a GPU"])
     monkeypatch.setattr(cli, "_written", lambda op, backend: op != "merge")
     monkeypatch.setattr("torch.cuda.is_available", lambda: bool(gpu))
     assert cli.main(["backends"]) == 0
