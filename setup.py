@@ -110,6 +110,9 @@ class CMakeBuild(build_ext):
             # Renamed into place: a running process may have the old file mapped.
             shutil.copy2(build_dir / target.name, f"{target}.new")
             os.replace(f"{target}.new", target)
+        for name in {"fastgpt._cuda", "fastgpt._cuda_emulated"}.difference(names):
+            # A wheel would have what an earlier build has left.
+            Path(self.build_lib, self.get_ext_filename(name)).unlink(missing_ok=True)
 
 
 NVCC = choose_nvcc() if wanted("FASTGPT_BUILD", "1") else None
