@@ -46,7 +46,7 @@ nightly: $(VENV)/.stamp-dev
 	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest tests/test_random.py \
 		--hypothesis-profile=nightly --hypothesis-show-statistics
 
-# Every Triton kernel, configuration and dtype, compiled for chips that need not be there; a few minutes.
+# Every Triton kernel, configuration and dtype, compiled for chips that need not be there; ten minutes or so.
 gpu-compile: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/compile_report.py --output benchmarks/results/triton-compile-report.md
 

@@ -4,8 +4,9 @@
 
 The calls below go through the ops' own launchers, so what is compiled is what they would launch, with its
 configuration. Exits with 1 if a kernel does not compile, takes more shared or tensor memory than the chip
-has, does without Hopper's HGMMA (attention in 16 bits on sm_90, but for dropout and dbias), is compiled again
-for other lengths, or spills on a chip that the tables were made for. Known to spill: see KNOWN.
+has, does without Hopper's HGMMA (attention in 16 bits on sm_90, but for dropout, dbias and every option at
+head dim 256), is compiled again for other lengths, or spills on a chip that the tables were made for. Known
+to spill: see KNOWN.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ is bound.
 
 CHIPS = {
     "sm_80": Chip(("cuda", 80, 32), 16384, 64, 32, 164 * 1024, 163 * 1024, 1024),
+    "sm_89": Chip(("cuda", 89, 32), 16384, 48, 24, 100 * 1024, 99 * 1024, 1024),  # by the default rows
     "sm_90": Chip(("cuda", 90, 32), 16384, 64, 32, 228 * 1024, 227 * 1024, 1024),
     "sm_100": Chip(("cuda", 100, 32), 16384, 64, 32, 228 * 1024, 227 * 1024, 1024),
     "gfx942": Chip(("hip", "gfx942", 64), 32768, 32, 16, 64 * 1024, 64 * 1024, 0),
@@ -249,12 +251,12 @@ CALLS = [
     *(attention(headdim, FP32, depth=CORE) for headdim in (64, 128, 256)),
     *(attention(headdim, BF16, GENERAL, window=(255, 0), depth=CORE) for headdim in (64, 256)),
     attention(128, FP32, GENERAL, window=(255, 0), depth=CORE),
-    attention(128, BF16, "varlen", depth=CORE),
+    *(attention(headdim, BF16, "varlen", depth=CORE) for headdim in (64, 128, 256)),
+    *(attention(headdim, BF16, UNDROPPED, window=(255, 0), depth=CORE) for headdim in (64, 128, 256)),
     attention(128, FP16),
     attention(128, BF16, window=(-1, -1)),
     attention(128, BF16, window=(255, 0)),
     attention(128, BF16, "varlen key_ranges", window=(255, 0)),
-    *(attention(headdim, BF16, UNDROPPED, window=(255, 0)) for headdim in (64, 128)),
     *(attention(128, BF16, feature) for feature in ("softcap", "alibi sink", "bias", "dropout")),
     attention(64, BF16, "mask", window=(-1, -1)),
     attention(40, BF16),
@@ -265,7 +267,7 @@ CALLS = [
     *(decode(headdim, BF16, depth=CORE) for headdim in (64, 128, 256)),
     *(decode(headdim, FP32, "splits", depth=CORE) for headdim in (64, 128, 256)),
     *(decode(headdim, BF16, seqlen_q=64, depth=CORE) for headdim in (64, 128, 256)),
-    decode(128, FP32, seqlen_q=64, depth=CORE),
+    *(decode(headdim, FP32, seqlen_q=64, depth=CORE) for headdim in (128, 256)),
     *(decode(128, BF16, cache_dtype=cache, depth=CORE) for cache in (INT8, FP8)),
     decode(128, FP16),
     decode(128, BF16, group=1),
@@ -281,7 +283,7 @@ CALLS = [
     *(norm(hidden, BF16, True) for hidden in (64, 768, 1000, 2048, 8192, 131072)),
     *(norm(hidden, BF16, False, "residual dropout") for hidden in (768, 4096, 131072)),
     norm(4096, FP16, False),
-    *(merge(headdim, dtype, depth=CORE) for headdim in (64, 128) for dtype in (BF16, FP32)),
+    *(merge(headdim, dtype, depth=CORE) for headdim in (64, 128, 256) for dtype in (BF16, FP32)),
     *(rotary(headdim, dtype, depth=CORE) for headdim in (64, 128, 256) for dtype in (BF16, FP32)),
     rotary(128, BF16, "neighbours"),
     rotary(128, BF16, "offsets varlen", depth=QUICK),
@@ -390,7 +392,8 @@ def _row(chip_name: str, call: Call, kernel: Any) -> Row:
     if row.shared > chip.program_shared:
         row.faults.append(f"takes {row.shared} bytes of shared memory, {chip.program_shared} are there")
     hopper = chip_name == "sm_90" and call.op == "attention" and call.dtype != FP32
-    small = "dbias" in row.kernel or "dropout" in call.label  # tiles of 16 and 32 rows, for want of registers
+    # Tiles of 16 and 32 rows, for want of registers.
+    small = "dbias" in row.kernel or "dropout" in call.label or call.label.startswith("d 256 window")
     if hopper and not small and "tt.dot" in kernel.asm["ttir"] and "HGMMA" not in row.matrix:
         row.faults.append("has no HGMMA")
     return row

@@ -474,7 +474,7 @@ def _backends(args: argparse.Namespace) -> int:
             return "yes"
         if not torch.cuda.is_available():
             return "interpreted"
-        return "yes" if dispatch.proven(backend, op) else "unproven"
+        return "unproven" if dispatch.unproven(backend, op) else "yes"
 
     print(
         _columns(

@@ -122,13 +122,15 @@ def implementation(op: str, backend: str) -> ModuleType:
 
 
 @functools.cache
-def proven(backend: str, op: str) -> bool:
-    """Whether the parity of GPU kernels is on record for the GPUs that torch sees, each of them."""
-    gpus = range(torch.cuda.device_count())
-    return bool(gpus) and all(
-        (backend, op, proof.architecture(gpu)) in PROVEN or op in proof.load(proof.identity(backend, gpu))
-        for gpu in gpus
-    )
+def unproven(backend: str, op: str) -> list[str]:
+    """Of the GPUs that torch sees, on any of which a tensor may be, those for which the parity of GPU kernels
+    is not on record."""
+    return [
+        f"{torch.cuda.get_device_name(gpu)} ({architecture})"
+        for gpu in range(torch.cuda.device_count())
+        if (backend, op, architecture := proof.architecture(gpu)) not in PROVEN
+        and op not in proof.load(proof.identity(backend, gpu))
+    ]
 
 
 def _reasons(call: Call, backend: str) -> list[str]:
@@ -180,14 +182,15 @@ def resolve(call: Call, name: str) -> str:
     for candidate in AUTO_ORDER.get(call.device, ("torch", "reference")):
         refused[candidate] = _reasons(call, candidate)
         if not refused[candidate]:
-            if candidate not in GPU_KERNELS or proven(candidate, call.op):
+            if candidate not in GPU_KERNELS or not (gpus := unproven(candidate, call.op)):
                 return candidate
-            chip = " and ".join(sorted(set(map(proof.architecture, range(torch.cuda.device_count())))))
-            refused[candidate] = [f"its parity on {chip} is not on record"]
+            missing = " and ".join(sorted(set(gpus)))
+            refused[candidate] = [f"its parity on {missing} is not on record"]
             _say_once(
                 logging.WARNING,
-                f"fastgpt: `auto` passes over {candidate} kernels whose parity on {chip} is not on "
-                f"record: run `fastgpt verify` once, or ask for backend={candidate!r}",
+                f"fastgpt: `auto` passes over {candidate} kernels whose parity on {missing} is not on "
+                f"record: run `fastgpt verify` once there, hide that GPU by CUDA_VISIBLE_DEVICES, or ask for "
+                f"backend={candidate!r}",
             )
         if any("FASTGPT_CPU_ISA" in reason for reason in refused[candidate]):
             raise BackendUnsupported("; ".join(refused[candidate]))  # asked for, so not passed over

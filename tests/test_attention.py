@@ -746,3 +746,17 @@ def test_sizes_beyond_int32_are_refused():
     long = torch.zeros(1, dtype=torch.float32).expand(1, 2**31, 1, 1)
     with pytest.raises(ValueError, match="2147483648 tokens, expected at most 2147483647"):
         fastgpt.attention(long, long, long)
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton is not available")
+@pytest.mark.parametrize("heads", [1, 4])
+def test_triton_bias_gradient_does_not_depend_on_the_batch(heads):
+    q, k, v, dout = (torch.randn(5, 70, 4, 16) for _ in range(4))
+    bias = torch.randn(5, heads, 70, 70)
+
+    def gradient(n: int) -> torch.Tensor:
+        own = bias[:n].clone().requires_grad_()
+        out = fastgpt.attention(q[:n], k[:n], v[:n], attn_bias=own, backend="triton")
+        return torch.autograd.grad(out, own, dout[:n])[0]
+
+    assert torch.equal(gradient(1)[0], gradient(5)[0])

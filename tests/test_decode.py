@@ -141,15 +141,22 @@ def test_triton_writes_nothing_beyond_a_full_cache(page_size):
 
 
 @pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton is not available")
-def test_triton_gives_nan_where_the_rotary_tables_end():
-    """On a GPU no length is checked: what lies behind the tables is not read."""
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_triton_gives_nan_where_the_rotary_tables_end(num_splits, monkeypatch):
+    """On a GPU no length is checked: what lies behind the tables is not read, and keys that have no row there
+    are left out."""
     module = pytest.importorskip("fastgpt.ops.decode.triton")
-    cache = torch.randn(2, 16, 1, 16)
+    # An output that is not written is not NaN by itself.
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *shape, **kind: t.new_full(shape, 7.0, **kind))
+    k_cache, v_cache = torch.randn(2, 2, 600, 1, 16)
     q, k, v = torch.randn(2, 1, 2, 16), torch.randn(2, 1, 1, 16), torch.randn(2, 1, 1, 16)
-    cos, sin = torch.randn(2, 12, 8)[:, :6]
-    tensors = DecodeTensors(k, v, torch.tensor([6, 5], dtype=torch.int32), cos, sin)
-    out, _ = module.forward(q, cache.clone(), cache.clone(), DecodeSpec(0.25, window_right=0), tensors)
-    assert out[0].isnan().all() and out[1].isfinite().all()
+    cos, sin = torch.randn(2, 520, 8)[:, :500]
+    tensors = DecodeTensors(k, v, torch.tensor([500, 499], dtype=torch.int32), cos, sin)
+    before = k_cache.clone()
+    out, lse = module.forward(q, k_cache, v_cache, DecodeSpec(0.25, -1, 0, num_splits=num_splits), tensors)
+    assert out[0].isnan().all() and lse[0].isnan().all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
+    assert torch.equal(k_cache[0], before[0]) and not torch.equal(k_cache[1], before[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -117,9 +117,9 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(
         dispatch, "implementation", lambda op, name: kernels if name == "triton" else known(op, name)
     )
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     yield
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
 
 
 def test_auto_takes_gpu_kernels_once_their_parity_is_on_record(gpu, caplog, monkeypatch):
@@ -131,22 +131,25 @@ def test_auto_takes_gpu_kernels_once_their_parity_is_on_record(gpu, caplog, monk
     assert dispatch.resolve(asked, "triton") == "triton"  # by name, an unproven kernel runs
 
     file = proof.save(proof.identity("triton", 0), ["attention", "norm"])
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "triton"
-    assert not dispatch.proven("triton", "decode") and not dispatch.proven("cuda", "attention")
+    assert (
+        dispatch.unproven("triton", "decode") == dispatch.unproven("cuda", "attention") == ["a GPU (sm_90)"]
+    )
     file.write_text("half a fi")
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "torch"
 
     monkeypatch.setitem(dispatch.PROVEN, ("triton", "attention", "sm_90"), "shown.json")
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "triton"
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # a tensor may be on either
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "torch"
+    assert dispatch.unproven("triton", "attention") == ["another (sm_80)"]
     proof.save(proof.identity("triton", 1), ["attention"])
-    dispatch.proven.cache_clear()
+    dispatch.unproven.cache_clear()
     assert dispatch.resolve(asked, "auto") == "triton"
 
 

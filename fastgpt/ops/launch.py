@@ -169,7 +169,6 @@ def _search(key: Key, row: Config, run: Callable[[], Any], expected: Any) -> Non
 
 
 @functools.cache
-@functools.cache
 def block_dim(headdim: int) -> int:
     """The power of two that holds a row; tl.dot wants 16 at least."""
     return max(16, triton.next_power_of_2(headdim))

@@ -391,7 +391,8 @@ def variant_results(
 ) -> list[Result]:
     """(what, got, plain, exact) of out, lse and every gradient. With ``by_reference``, that is what plain and
     exact are from, and backward's error has the rounding of the out that it takes in both. It keeps p and ds
-    in fp32; matrix units take them in the dtype, as plain PyTorch does: there the worse of both counts."""
+    in fp32; matrix units take them in the dtype, as plain PyTorch does: of their gradients the worse of both
+    counts."""
     inputs, fixed = variant_tensors(variant, dtype)
     q, v = (t for t in (inputs[0], inputs[2]) if t is not None)
     dout = variant.case.laid_out(torch.randn(variant.case.batch, *q.shape[-3:-1], v.shape[-1]).to(dtype))
@@ -407,7 +408,7 @@ def variant_results(
     got, plain, exact = (run_variant(call, inputs, precision, (dout, dlse)) for call, precision in calls)
     if by_reference and backend in dispatch.GPU_KERNELS:
         rough = run_variant(in_plain, inputs, dtype, (dout, dlse))
-        plain = tuple(map(_worse, plain, rough, exact))
+        plain = (*plain[:2], *map(_worse, plain[2:], rough[2:], exact[2:]))
     names = ["out", "lse", "dq", "dk", "dv"]
     names += ["dsink"] * (inputs[3] is not None) + ["dbias"] * (inputs[4] is not None and not variant.mask)
     return list(zip(names, got, plain, exact, strict=True))
@@ -415,7 +416,8 @@ def variant_results(
 
 def _worse(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
     """Of the two, where each is."""
-    return torch.where((b.double() - exact).abs() > (a.double() - exact).abs(), b, a)
+    is_worse = b.isfinite() & ((b.double() - exact).abs() > (a.double() - exact).abs())
+    return torch.where(is_worse, b, a)
 
 
 def case_results(case: AttentionCase, backend: str, dtype: torch.dtype) -> list[Result]:

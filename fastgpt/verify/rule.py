@@ -15,6 +15,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class ParityError(AssertionError):
     """A result is not what it should be; the message says by how much."""
 
+    elements = 0  # of the tensor
+
 
 def require(holds: bool, message: str) -> None:
     if not holds:
@@ -65,15 +67,15 @@ def judge(draw: Callable[[], list[Result]]) -> dict[str, float]:
 
     Over a few elements the error of plain PyTorch is a matter of luck, and may be 0. There, several draws are
     judged as one: 64 elements, or 16 draws. One case in a thousand still has bad luck in 64 (seen, of correct
-    kernels); so where they fail, they are judged once more among 4 times as many.
+    kernels); so where a tensor of few elements fails, all are judged once more among 4 times as many.
     """
     draws = [draw()]
     fewest = min((exact.numel() for *_, exact in draws[0] if exact.numel()), default=64)
     draws += [draw() for _ in range(min(64 // fewest, 16) - 1)]
     try:
         return _judged(draws)
-    except ParityError:
-        if fewest >= 256:
+    except ParityError as error:
+        if error.elements >= 256:
             raise
     return _judged(draws + [draw() for _ in range(3 * len(draws))])
 
@@ -83,5 +85,9 @@ def _judged(draws: list[list[Result]]) -> dict[str, float]:
     for results in zip(*draws, strict=True):
         what = results[0][0]
         got, plain, exact = (torch.stack([r[i].double() for r in results]) for i in (1, 2, 3))
-        shares[what] = assert_parity(what, got, plain, exact, factor_of(what))
+        try:
+            shares[what] = assert_parity(what, got, plain, exact, factor_of(what))
+        except ParityError as error:
+            error.elements = exact.numel()
+            raise
     return shares

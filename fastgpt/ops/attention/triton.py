@@ -67,7 +67,7 @@ CONFIGS = {
     **_table("default", "forward general", (64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 4, 1)),
     **_table("default", "forward fp32", (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("default", "dq", (64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
-    **_table("default", "dq general", (64, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    **_table("default", "dq general", (64, 32, 4, 1), (32, 16, 4, 1), (16, 32, 8, 1)),
     **_table("default", "dq fp32", (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     **_table("default", "dkdv", (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
     **_table("default", "dkdv packed", (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
@@ -75,7 +75,7 @@ CONFIGS = {
     **_table("default", "dkdv dropout", (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     **_table("default", "dkdv fp32", (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ("default", 256, "rows"): Config(32, 32, 8, 1),
-    ("default", 256, "dbias"): Config(16, 16, 8, 1),
+    **_table("default", "dbias", (16, 16, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     **_table("sm_80", "forward", (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)),
     **_table("sm_80", "dq", (64, 32, 4, 2), (64, 32, 4, 2), (16, 16, 4, 1)),
     **_table("sm_90 sm_100", "forward", (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
@@ -876,19 +876,17 @@ def _bias_gradient(
     if tensors.leftpad_k is not None and shape[3] > 1:
         shape[0] = q.shape[0]
     constants, config = _constants(q, v, spec, multiple, "dbias")
-    tiles = (
-        shape[0] * shape[1] * triton.cdiv(shape[2], config.block_m) * triton.cdiv(shape[3], config.block_n)
-    )
-    # A tile of a bias that all share has much to sum: in as many parts as fill the chip.
+    tiles = shape[1] * triton.cdiv(shape[2], config.block_m) * triton.cdiv(shape[3], config.block_n)
+    # A tile of a bias that all share has much to sum: in as many parts as fill the chip. A bias that has a
+    # batch axis is cut as that of one sequence, whose bits then do not depend on the others.
     pairs = math.prod(full for own, full in zip(shape, (q.shape[0], q.shape[2]), strict=False) if own == 1)
     wanted = DBIAS_PROGRAMS * launch.chip(q.device).multiprocessors
     parts = max(1, min(pairs, triton.cdiv(wanted, max(tiles, 1))))
     dbias = torch.zeros((parts, *shape), dtype=torch.float32, device=q.device)
     numbers = (*launch.strides(q, k, v, dout), parts, *shape, *_common(q, k, spec, tensors))
-    launch.launch(
-        attention_dbias, tiles * parts, config, q.device, *args, dbias, tensors, *numbers, constants
-    )
-    return dbias.sum(0).sum_to_size(bias.shape).to(bias.dtype)
+    programs = parts * shape[0] * tiles
+    launch.launch(attention_dbias, programs, config, q.device, *args, dbias, tensors, *numbers, constants)
+    return (dbias[0] if parts == 1 else dbias.sum(0)).sum_to_size(bias.shape).to(bias.dtype)
 
 
 @launch.tuned

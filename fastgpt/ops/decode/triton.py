@@ -63,10 +63,11 @@ FEATURES = (
     "lse",
 )
 
-# (chip, elements of a row, kernel): block_m rows by block_n keys, warps, stages. "decode" is for as many
-# rows as its block_m and bound by memory: what counts are the bytes under way to a multiprocessor, some 40
-# KiB on an H100, in the stages of all its programs. "prefill" is for more rows; "merge" has one row by
-# block_n parts.
+FEW_ROWS = 16  # the most that "decode" is for: one block
+
+# (chip, elements of a row, kernel): block_m rows by block_n keys, warps, stages. "decode" is bound by memory:
+# what counts are the bytes under way to a multiprocessor, some 40 KiB on an H100, in the stages of all its
+# programs. "prefill" is for more rows; "merge" has one row by block_n parts.
 CONFIGS = {
     ("default", 64, "decode"): Config(16, 64, 4, 3),
     ("default", 128, "decode"): Config(16, 64, 4, 3),
@@ -388,10 +389,14 @@ def decode_forward(
     lse_at = ((tl.cast(b, tl.int64) * nheads + h) * seqlen_q + i) * splits + part
 
     # The keys that queries see, and those that are to be written, in parts.
-    before = tl.load(tensors.cache_seqlens + b)
+    before = tl.maximum(tl.load(tensors.cache_seqlens + b), 0)
     pad = _of_head(tensors.cache_leftpad, b, 0, 1, 0)
     cached = before - pad
-    seqlen_k = tl.minimum(cached + seqlen_new, capacity - pad)  # beyond it nothing is read or written
+    # New keys without a place in the cache, or a row of the rotary tables, are neither read nor written.
+    room = capacity
+    if C.PAIRS > 0:
+        room = tl.minimum(capacity, tl.maximum(before, positions))
+    seqlen_k = tl.minimum(cached + seqlen_new, room - pad)
     shift = cached + seqlen_new - seqlen_q
     low, high, _, _ = key_range(
         0, seqlen_q - 1, shift, seqlen_k, window_left, window_right, C.HAS_LEFT, C.HAS_RIGHT
@@ -520,7 +525,7 @@ def decode_merge(
     inverse, lse = softmax_end(m, l)
     at = row * HEADDIM_V + tl.arange(0, 1)
     out = cast(acc * inverse[:, None], Out.dtype.element_ty)
-    scatter_rows(Out, at, l == l, out, HEADDIM_V, BLOCK_DV)
+    scatter_rows(Out, at, tl.arange(0, 1) == 0, out, HEADDIM_V, BLOCK_DV)
     tl.store(Lse + lse_at + tl.arange(0, 1), lse)
 
 
@@ -633,9 +638,9 @@ def forward(
     width, kind = max(headdim, headdim_v), " fp32" if q.dtype == torch.float32 else ""
     strides = launch.strides(q, k_cache, v_cache, k, tensors.v)
     chip = launch.chip(q.device)
-    few_rows, config = True, launch.choose(CONFIGS, width, "decode" + kind, chip.architecture)
-    if seqlen_q * group > config.block_m:
-        few_rows, config = False, launch.choose(CONFIGS, width, "prefill" + kind, chip.architecture)
+    few_rows = seqlen_q * group <= FEW_ROWS
+    kernel = ("decode" if few_rows else "prefill") + kind
+    config = launch.choose(CONFIGS, width, kernel, chip.architecture)
     plan = _plan(
         config,
         few_rows,
