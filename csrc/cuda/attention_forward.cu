@@ -1,18 +1,21 @@
-// Attention forward on Hopper (FlashAttention-3: Shah et al. 2024, arXiv:2407.08608; the online softmax is that of
-// Milakov & Gimelshein 2018).
+// Attention forward on Hopper (FlashAttention-3: Shah et al. 2024, arXiv:2407.08608; the online softmax is
+// that of Milakov & Gimelshein 2018).
 //
-//   s = softmax_scale · Q Kᵀ over the keys that the mask lets a query see, out = softmax(s) V, lse = log Σ exp(s)
+//   s = softmax_scale · Q Kᵀ over the keys that the mask lets a query see, out = softmax(s) V, lse = log Σ
+//   exp(s)
 //
-// q, out (batch, seqlen_q, nheads, D), k, v (batch, seqlen_k, nheads_k, D) or packed, fp16 or bf16, any strides of
-// which 16 bytes are a divisor; lse (batch, nheads, seqlen_q) or (nheads, total), fp32. Products and the softmax's
-// state are fp32; its probabilities are rounded to the tensors' type, as factors of the second product.
+// q, out (batch, seqlen_q, nheads, D), k, v (batch, seqlen_k, nheads_k, D) or packed, fp16 or bf16, any
+// strides of which 16 bytes are a divisor; lse (batch, nheads, seqlen_q) or (nheads, total), fp32. Products
+// and the softmax's state are fp32; its probabilities are rounded to the tensors' type, as factors of the
+// second product.
 //
-// A block stays on its multiprocessor and takes tiles of kQueries queries of one head, one after another. One warp
-// brings them, and blocks of kKeys keys and values, by the copy engine, into kStages buffers each. Two warpgroups
-// compute 64 queries each: the product with the keys of one block runs beside that with the values of the block
-// before, and one warpgroup's softmax beside the other's products. Blocks of keys are walked from the last one, where
-// causal masks have their edge; only those at edges are masked. Each tile is one thread block's, so two runs give the
-// same bits, whatever else is in the batch. Rows of a tile beyond the last query are computed and not stored.
+// A block stays on its multiprocessor and takes tiles of kQueries queries of one head, one after another. One
+// warp brings them, and blocks of kKeys keys and values, by the copy engine, into kStages buffers each. Two
+// warpgroups compute 64 queries each: the product with the keys of one block runs beside that with the values
+// of the block before, and one warpgroup's softmax beside the other's products. Blocks of keys are walked
+// from the last one, where causal masks have their edge; only those at edges are masked. Each tile is one
+// thread block's, so two runs give the same bits, whatever else is in the batch. Rows of a tile beyond the
+// last query are computed and not stored.
 //
 // Held by tests/test_attention.py in the emulator; not yet run on a GPU.
 
@@ -65,7 +68,8 @@ struct Params : AttentionParams {
   }
 };
 
-// A tile of queries, and the blocks of keys that they see: [first, end), of which all see [full, full_end) whole.
+// A tile of queries, and the blocks of keys that they see: [first, end), of which all see [full, full_end)
+// whole.
 struct Work {
   int b, h, query;  // the first one
   int queries, keys;
@@ -86,8 +90,8 @@ __device__ __forceinline__ int of_sequence(const Params& p, int block, int& b) {
   return block - (p.cu_seqlens_q[low] / kQueries + low);
 }
 
-// Tiles with the most to do first, where masks are causal: the last of each head. A section of heads is done with
-// before the next begins, as its keys and values stay in the cache.
+// Tiles with the most to do first, where masks are causal: the last of each head. A section of heads is done
+// with before the next begins, as its keys and values stay in the cache.
 template <int D>
 __device__ __forceinline__ Work work(const Params& p, int tile) {
   int section = tile / (p.section * p.blocks), within = tile % (p.section * p.blocks);
@@ -145,8 +149,8 @@ struct Loader {
       copy_tile(s.q.tiles[t], &p.q_map, &s.q_full, t * kTileColumns, row, w.h, b);
   }
 
-  __device__ __forceinline__ void copy_rows(typename Shared<T, D>::Keys& to, const TensorMap* map, Barrier* barrier,
-                                            const Work& w, int n) {
+  __device__ __forceinline__ void copy_rows(typename Shared<T, D>::Keys& to, const TensorMap* map,
+                                            Barrier* barrier, const Work& w, int n) {
     int row = static_cast<int>(p.first_key_row(w.b)) + n * kKeys<D>, b = p.cu_seqlens_k ? 0 : w.b;
     int head = w.h / static_cast<int>(p.nheads / p.nheads_k);
     for (int t = 0; t < D / kTileColumns; t++)
@@ -240,7 +244,7 @@ struct Computer {
       : p(params), s(shared), group(thread / 128), warp(thread % 128 / 32), lane(thread % 32) {}
 
   float o[D / 2];
-  float m[2], l[2];      // the rows' maxima of scores, and this thread's part of the sums
+  float m[2], l[2];  // the rows' maxima of scores, and this thread's part of the sums
   uint32_t probabilities[N / 16][4];
   int begin[2], end[2];  // the keys that the rows see
 
@@ -279,15 +283,18 @@ struct Computer {
     }
   }
 
-  // Scores become probabilities 2^(s · factor − m · factor); what o and l are to be multiplied by goes to `alpha`.
+  // Scores become probabilities 2^(s · factor − m · factor); what o and l are to be multiplied by goes to
+  // `alpha`.
   __device__ __forceinline__ void softmax(float (&scores)[N / 2], float factor, float (&alpha)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float most = m[r];
 #pragma unroll
-      for (int i = 0; i < N / 8; i++) most = fmaxf(most, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+      for (int i = 0; i < N / 8; i++)
+        most = fmaxf(most, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
       most = quad_max(most);
-      float shift = most == -INFINITY ? 0.0f : most * factor;  // a row that has seen no key yet has no maximum
+      float shift =
+          most == -INFINITY ? 0.0f : most * factor;  // a row that has seen no key yet has no maximum
       alpha[r] = exp2_approximate(m[r] * factor - shift);
       m[r] = most;
       float sum = 0.0f;
@@ -550,7 +557,8 @@ TensorMap make_tensor_map(const Tensor& tensor, DType dtype, int64_t columns, in
   auto bytes = [&](int64_t stride, int axis) {
     return static_cast<cuuint64_t>(sizes[axis] == 1 ? 16 : 2 * stride);
   };
-  cuuint64_t strides[3] = {bytes(tensor.seq_stride, 1), bytes(tensor.head_stride, 2), bytes(tensor.batch_stride, 3)};
+  cuuint64_t strides[3] = {bytes(tensor.seq_stride, 1), bytes(tensor.head_stride, 2),
+                           bytes(tensor.batch_stride, 3)};
   cuuint32_t tile[4] = {kTileColumns, static_cast<cuuint32_t>(tile_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
   TensorMap map;
   CUresult error = encode(
