@@ -216,4 +216,5 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return static_cast<float>(1 / __builtin_sqrt(static_cast<double>(x))); }

@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "attention.h"
 #include "fastgpt/python.h"
 #include "norm.h"
 #ifdef FASTGPT_EMULATE
@@ -41,6 +42,33 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
 #ifdef FASTGPT_EMULATE
   m.def("self_test", [](const std::string& name, Data out) { self_test(name, out); });
 #endif
+
+  m.def("attention_forward",
+        [](const PyQueue& queue, int multiprocessors, const Array& q, const Array& k, const Array& v,
+           const Array& out, Data lse, Data cu_seqlens_q, Data cu_seqlens_k, Data seqused_k, Data leftpad_k,
+           int64_t batch, float softmax_scale, int64_t window_left, int64_t window_right) {
+          AttentionParams p{};
+          p.dtype = q.dtype();
+          p.batch = batch;
+          p.seqlen_q = q.size(3);
+          p.seqlen_k = k.size(3);
+          p.nheads = q.size(2);
+          p.nheads_k = k.size(2);
+          p.headdim = p.headdim_v = q.size(1);
+          p.q = tensor(q);
+          p.k = tensor(k);
+          p.v = tensor(v);
+          p.out = tensor(out);
+          p.lse = lse;
+          p.softmax_scale = softmax_scale;
+          p.window_left = window_left;
+          p.window_right = window_right;
+          p.cu_seqlens_q = cu_seqlens_q;
+          p.cu_seqlens_k = cu_seqlens_k;
+          p.seqused_k = seqused_k;
+          p.leftpad_k = leftpad_k;
+          attention_forward(p, multiprocessors, queue_of(queue));
+        });
 
   m.def("norm_forward",
         [](const PyQueue& queue, int64_t rows, int64_t hidden, Data x, int64_t x_stride, Data residual,
