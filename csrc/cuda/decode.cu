@@ -49,6 +49,7 @@ struct e4m3 {
 };
 
 constexpr int kRows = 16;      // of a block: those of mma.sync
+constexpr int kMostResident = 3;  // blocks of a multiprocessor: registers are left for
 constexpr int kResident = 2;   // blocks of a multiprocessor that num_splits = 0 provides for
 constexpr int kLeastTiles = 2;  // of a warp in a part of num_splits = 0
 constexpr int kPipelineBytes = 64 << 10;
@@ -82,6 +83,13 @@ FASTGPT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGPT_HD int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTGPT_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// x, of which the compiler does not know that it is x: addresses that depend on it are computed where they are
+// used, and not ahead of a loop, into more registers than there are.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Where chunk `chunk` of row `row` lies in a tile of rows of kChunks: 8 rows' chunks of one number are in 8
 // different groups of banks.
 template <int kChunks>
@@ -93,6 +101,14 @@ __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x)
 template <class T>
 __device__ __forceinline__ uint32_t bits_of(T x) {
   return x.bits;
+}
+
+template <class T>
+__device__ __forceinline__ T element(uint32_t bits) {
+  if constexpr (sizeof(T) == 4)
+    return __uint_as_float(bits);
+  else
+    return {static_cast<decltype(T::bits)>(bits)};
 }
 
 // A storage type's elements in 32-bit words.
@@ -166,46 +182,65 @@ __device__ __forceinline__ void load_four(const unsigned char* tile, int row, in
   }
 }
 
-// Where the keys of a sequence are, and which of them its queries see.
+// What a block owns. Blocks with the same keys are neighbours; then heads, which are neighbours in memory.
+struct Block {
+  int group, rows;  // query heads of a head of k, and rows of all blocks for it
+  int first_row, head_k, part;
+  int64_t b;
+
+  __device__ __forceinline__ Block(const DeviceDecode& p, int id) {
+    group = static_cast<int>(p.nheads) / static_cast<int>(p.nheads_k);
+    rows = static_cast<int>(p.seqlen_q) * group;
+    int tiles = rows > 0 ? (rows + kRows - 1) / kRows : 1;
+    first_row = id % tiles * kRows;
+    id /= tiles;
+    head_k = id % static_cast<int>(p.nheads_k);
+    id /= static_cast<int>(p.nheads_k);
+    part = id % static_cast<int>(p.parts);
+    b = id / static_cast<int>(p.parts);
+  }
+};
+
+// Where the keys of a sequence are, and which of them its queries see. Keys and rows are numbered in 32 bits, as
+// cache_seqlens are.
 struct Sequence {
-  int64_t pad, cached;  // rows before the first key, keys before the append
-  int64_t index;        // in the caches, without pages
+  int pad, cached;  // rows before the first key, keys before the append
+  int index;        // in the caches, without pages
   const int32_t* table;
-  int64_t page_size;
+  int page_size;
   Mask mask;  // of the keys that have a place
 
   __device__ __forceinline__ Sequence(const DeviceDecode& p, int64_t b)
       : mask(p.seqlen_q, 0, p.window_left, p.window_right) {
-    int64_t before = largest(p.cache_seqlens[b], 0), room = p.capacity;
-    pad = p.cache_leftpad ? least(largest(p.cache_leftpad[b], 0), before) : 0;
-    cached = before - pad;
-    index = p.cache_batch_idx ? p.cache_batch_idx[b] : b;
+    constexpr int64_t kMost = INT32_MAX - 4096;  // so that the first key behind a tile has a number
+    int64_t before = least(largest(p.cache_seqlens[b], 0), kMost), room = least(p.capacity, kMost);
+    int64_t padding = p.cache_leftpad ? least(largest(p.cache_leftpad[b], 0), before) : 0;
+    pad = static_cast<int>(padding);
+    cached = static_cast<int>(before - padding);
+    index = p.cache_batch_idx ? p.cache_batch_idx[b] : static_cast<int>(b);
     table = p.block_table ? p.block_table + b * p.block_table_stride : nullptr;
-    page_size = p.page_size;
+    page_size = static_cast<int>(least(p.page_size, INT32_MAX));
     if (p.rotary_dim) room = least(room, largest(before, p.positions));
     mask = Mask(p.seqlen_q, cached + p.seqlen_new, p.window_left, p.window_right);
-    mask.seqlen_k = least(mask.seqlen_k, largest(room - pad, 0));
+    mask.seqlen_k = least(mask.seqlen_k, largest(room - padding, 0));
   }
-  __device__ __forceinline__ int64_t before() const { return pad + cached; }
+  __device__ __forceinline__ int page_of(int j) const { return table ? __ldg(table + (pad + j) / page_size) : index; }
   // Of key j in a cache with these strides; `page` is page_of(j).
-  __device__ __forceinline__ int64_t page_of(int64_t j) const {
-    return table ? __ldg(table + (pad + j) / page_size) : index;
-  }
-  __device__ __forceinline__ int64_t at(int64_t page, int64_t j, const Tensor& cache) const {
-    int64_t row = pad + j;
-    if (table) row %= page_size;
+  __device__ __forceinline__ int64_t at(int page, int j, const Tensor& cache) const {
+    int row = table ? (pad + j) % page_size : pad + j;
     return page * cache.batch_stride + row * cache.seq_stride;
   }
 };
 
-// Element `column` of a row of q or k_new, rotated as at `position`, rounded to T: NaN where the tables have no
-// row for it. Each step is rounded, as it is where this is defined.
+// Element `column` of a row of q, k_new or, with rotary_dim 0, v_new, rotated as at `position`, rounded to T: NaN
+// where the tables have no row for it. Each step is rounded, as it is where this is defined.
 template <class T>
-__device__ __forceinline__ float rotated(const DeviceDecode& p, const T* row, int column, int64_t position) {
+__device__ __forceinline__ float rotated(const DeviceDecode& p, int rotary_dim, const T* row, int column,
+                                         int64_t position) {
   float x = to_float(row[column]);
-  if (column >= p.rotary_dim) return x;
+  if (column >= rotary_dim) return x;
   if (position >= p.positions) return NAN;
-  int pairs = static_cast<int>(p.rotary_dim / 2), pair = column, other = column;
+  int pairs = rotary_dim / 2, pair = column, other = column;
   bool first;
   if (p.rotary_interleaved) {
     first = column % 2 == 0;
@@ -232,13 +267,12 @@ __device__ __forceinline__ float rotated(const DeviceDecode& p, const T* row, in
 // Elements of a row that products read: the others of kDim are left out, too.
 __device__ __forceinline__ int padded(int dim) { return (dim + 31) / 32 * 32; }
 
-// Begins to copy `keys` rows of a cache, `dim` wide, into a tile; the rest of it is 0. `at` is where row
-// lane % kKeys is.
+// Begins to copy `keys` rows of a cache, `dim` wide, into a tile; the rest of it is 0. `at` is where, from
+// `base` on, row lane % kKeys is.
 template <class S>
-__device__ __forceinline__ void copy_tile(unsigned char* tile, const void* cache, int64_t at, int keys, int dim,
+__device__ __forceinline__ void copy_tile(unsigned char* tile, const typename S::Cache* base, int64_t at, int keys, int dim,
                                           bool vectors, int lane) {
   typedef typename S::Cache Cache;
-  auto base = static_cast<const Cache*>(cache);
   int chunks = padded(dim) / S::kPerChunk;
   auto each = [&](int step, auto copy) {
     int i = step * 32 + lane, row = i / S::kChunks, chunk = i % S::kChunks;
@@ -270,45 +304,33 @@ __device__ __forceinline__ void copy_tile(unsigned char* tile, const void* cache
 }
 
 // Puts new keys first, first + 1, ... up to `end`, or their values, into a tile as the cache is to hold them,
-// and, if this block `writes`, into the cache. `row_of` and `cache` are the head's.
-template <class S, bool kTurns>
+// and, if this block `writes`, into the cache. `from` and `cache` are the head's.
+template <class S>
 __device__ __forceinline__ void append_tile(const DeviceDecode& p, const Sequence& sequence, unsigned char* tile,
                                             const typename S::Query* from, const Tensor& from_tensor,
-                                            typename S::Cache* cache, const Tensor& cache_tensor, int64_t first,
-                                            int64_t end, int dim, float descale, bool writes, int lane) {
+                                            typename S::Cache* cache, const Tensor& cache_tensor, int first, int end,
+                                            int dim, int rotary_dim, float descale, bool writes, int lane) {
   typedef typename S::Cache Cache;
-  int chunks = padded(dim) / S::kPerChunk;
+  constexpr int kPerWord = 4 / sizeof(Cache);
+  int words = padded(dim) / kPerWord;
 #pragma unroll 1
-  for (int i = lane; i < S::kKeys * chunks; i += 32) {
-    int row = i / chunks, column = i % chunks * S::kPerChunk;
-    int64_t j = first + row;
-    Words<Cache, S::kPerChunk> chunk;
+  for (int i = lane; i < S::kKeys * words; i += 32) {
+    int row = i / words, column = i % words * kPerWord, j = first + row;
+    uint32_t word = 0;
     if (j < end && column < dim) {
       const typename S::Query* source = from + (j - sequence.cached) * from_tensor.seq_stride;
-      Cache* to = cache + sequence.at(sequence.page_of(j), j, cache_tensor) + column;
+      Cache* to = cache + sequence.at(sequence.page_of(j), j, cache_tensor);
 #pragma unroll
-      for (int e = 0; e < S::kPerChunk; e++)
-        if (column + e < dim) {
-          float x = kTurns ? rotated(p, source, column + e, sequence.pad + j) : to_float(source[column + e]);
-          chunk.set(e, stored<Cache>(x, descale));
-        }
-      if (writes && p.vectors && column + S::kPerChunk <= dim) {
-        *reinterpret_cast<uint4*>(to) = {chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]};
-      } else if (writes) {
-#pragma unroll
-        for (int e = 0; e < S::kPerChunk; e++)
-          if (column + e < dim) {
-            int at = e * static_cast<int>(sizeof(Cache));
-            uint32_t bits = chunk.words[at / 4] >> at % 4 * 8;
-            if constexpr (sizeof(Cache) == 4)
-              to[e] = __uint_as_float(bits);
-            else
-              to[e] = Cache{static_cast<decltype(Cache::bits)>(bits)};
-          }
+      for (int e = 0; e < kPerWord; e++) {
+        if (column + e >= dim) continue;
+        float x = rotated(p, rotary_dim, source, column + e, sequence.pad + j);
+        uint32_t bits = stored<Cache>(x, descale);
+        word |= bits << 32 / kPerWord * e % 32;
+        if (writes) to[column + e] = element<Cache>(bits);
       }
     }
-    *reinterpret_cast<uint4*>(tile + place_of<S::kChunks>(row, column / S::kPerChunk)) = {
-        chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]};
+    unsigned char* chunk = tile + place_of<S::kChunks>(row, column / S::kPerChunk);
+    reinterpret_cast<uint32_t*>(chunk)[column % S::kPerChunk / kPerWord] = word;
   }
 }
 
@@ -316,21 +338,21 @@ __device__ __forceinline__ void append_tile(const DeviceDecode& p, const Sequenc
 // ldmatrix, that takes 16-bit ones, hands the keys' to the lanes: 4 t, ..., 4 t + 3 to those with in_group t.
 template <class S>
 __device__ __forceinline__ void load_queries(const DeviceDecode& p, const Sequence& sequence, unsigned char* to,
-                                             const typename S::Query* q, int64_t first_row, int64_t group) {
+                                             const typename S::Query* q, const Block& block) {
   typedef typename S::Query Query;
   constexpr int kPerChunk = 16 / sizeof(Query);
   int dim = static_cast<int>(p.headdim), width = padded(dim);
-  int64_t rows = p.seqlen_q * group;
   bool step = p.window_left >= 0 || p.window_right >= 0;
-#pragma unroll 8
+#pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < kRows * S::kWidth; i += S::kThreads) {
     int r = i / S::kWidth, column = i % S::kWidth;
     if (column >= width) continue;
-    int64_t row = first_row + r, query = row / group;
+    int row = block.first_row + r, query = row / block.group;
     float x = 0.0f;
-    if (row < rows && column < dim) {
-      const Query* source = q + query * p.q.seq_stride + (row - query * group) * p.q.head_stride;
-      x = rotated(p, source, column, sequence.before() + (step ? query : 0));
+    if (row < block.rows && column < dim) {
+      const Query* source = q + query * p.q.seq_stride + row % block.group * p.q.head_stride;
+      x = rotated(p, static_cast<int>(p.rotary_dim), source, column,
+                  int64_t{sequence.pad} + sequence.cached + (step ? query : 0));
     }
     if (S::kMma && sizeof(typename S::Cache) == 1) {
       int t = column % 16 / 4, e = column % 4;
@@ -475,22 +497,48 @@ __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4
   }
 }
 
+// tanh(x): its error is below 1e-7, and relative to x where that is small.
+__device__ __forceinline__ float tanh_of(float x) {
+  float t = exp2f(fabsf(x) * (-2 * kLog2e)), y = x * x;
+  float far = copysignf((1.0f - t) / (1.0f + t), x);
+  float near = x * (1 + y * (-1.0f / 3 + y * (2.0f / 15 + y * (-17.0f / 315 + y * (62.0f / 2835)))));
+  return y < 0.0625f ? near : far;
+}
+
 // What scores are made of, and the softmax state of a lane's two rows; l is the lane's share.
 struct Rows {
   float scale, softcap, slopes[2];
-  int64_t begin[2], end[2], diagonal[2];  // of the keys that a row sees; i + sk - sq
+  int begin[2], end[2], diagonal[2];  // of the keys that a row sees; i + sk - sq
   float m[2], l[2];
 
-  // Scores of a tile whose first key is `first`, which ends at key `last_end`, become 2^(s - m); the results are
-  // what acc is to be multiplied by (online softmax, Milakov & Gimelshein 2018).
+  // Scores of a tile whose first key is `first`, of a range that ends at key `last_end`, become 2^(s - m); the
+  // results are what acc is to be multiplied by (online softmax, Milakov & Gimelshein 2018).
   template <int kBlocks>
-  __device__ __forceinline__ void softmax(float (&s)[kBlocks][4], int64_t first, int64_t last_end, int in_group,
+  __device__ __forceinline__ void softmax(float (&s)[kBlocks][4], bool alibi, int first, int last_end, int in_group,
                                           float (&alpha)[2]) {
 #pragma unroll
+    for (int n = 0; n < kBlocks; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[n][e] *= scale;
+    if (softcap != 0.0f) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[n][e] = softcap * tanh_of(s[n][e]);
+    }
+    if (alibi) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          uint32_t j = static_cast<uint32_t>(first + 8 * n + 2 * in_group + e % 2);
+          int distance = static_cast<int>(static_cast<uint32_t>(diagonal[e / 2]) - j);
+          s[n][e] -= slopes[e / 2] * fabsf(static_cast<float>(distance));
+        }
+    }
+#pragma unroll
     for (int h = 0; h < 2; h++) {
-      int low = static_cast<int>(least(largest(begin[h] - first, 0), 8 * kBlocks));
-      int high = static_cast<int>(least(largest(least(end[h], last_end) - first, 0), 8 * kBlocks));
-      int distance = static_cast<int>(diagonal[h] - first);
+      int low = begin[h] - first, high = (end[h] < last_end ? end[h] : last_end) - first;
       float most = -kInfinity;
 #pragma unroll
       for (int n = 0; n < kBlocks; n++)
@@ -498,9 +546,6 @@ struct Rows {
         for (int e = 0; e < 2; e++) {
           float& x = s[n][2 * h + e];
           int j = 8 * n + 2 * in_group + e;
-          x *= scale;
-          if (softcap != 0.0f) x = softcap * tanhf(x);
-          if (slopes[h] != 0.0f) x -= slopes[h] * fabsf(static_cast<float>(distance - j));
           if (j < low || j >= high) x = -kInfinity;
           most = fmaxf(most, x);
         }
@@ -525,17 +570,17 @@ struct Rows {
 // out and lse, or those of a part, of the rows whose states the warps have left in shared memory: out in base-2
 // softmax with largest score m, sum l and sum of values acc.
 template <class S>
-__device__ __forceinline__ void store_rows(const DeviceDecode& p, int64_t b, int64_t head_k, int64_t part,
-                                           int64_t first_row, int64_t group, float v_descale) {
+__device__ __forceinline__ void store_rows(const DeviceDecode& p, const Block& block) {
   float* acc = shared_memory<float>();
   float* m = acc + S::kWarps * kRows * S::kWidth;
   float* l = m + S::kWarps * kRows;
   float* weights = l + S::kWarps * kRows;  // (kRows, kWarps)
   int thread = static_cast<int>(threadIdx.x);
   auto place = [&](int r, int64_t& query, int64_t& head) {
-    query = (first_row + r) / group;
-    head = head_k * group + (first_row + r) % group;
-    return query < p.seqlen_q;
+    int row = block.first_row + r;
+    query = row / block.group;
+    head = int64_t{block.head_k} * block.group + row % block.group;
+    return row < block.rows;
   };
   if (thread < kRows) {
     float most = -kInfinity, sum = 0.0f, weight[S::kWarps];
@@ -547,13 +592,14 @@ __device__ __forceinline__ void store_rows(const DeviceDecode& p, int64_t b, int
       weight[w] = exp2f(m[w * kRows + thread] - finite);
       sum += weight[w] * l[w * kRows + thread];
     }
+    float v_descale = p.v_descale ? p.v_descale[block.b * p.descale_batch_stride + block.head_k] : 1.0f;
     float inverse = sum == 0.0f ? 0.0f : v_descale / sum;
 #pragma unroll
     for (int w = 0; w < S::kWarps; w++) weights[thread * S::kWarps + w] = weight[w] * inverse;
     int64_t query, head;
     if (place(thread, query, head)) {
       float* lse = p.parts > 1 ? p.part_lse : p.lse;
-      lse[((b * p.nheads + head) * p.seqlen_q + query) * p.parts + part] =
+      lse[((block.b * p.nheads + head) * p.seqlen_q + query) * p.parts + block.part] =
           sum == 0.0f ? -kInfinity : (finite + log2f(sum)) * kLn2;
     }
   }
@@ -566,7 +612,7 @@ __device__ __forceinline__ void store_rows(const DeviceDecode& p, int64_t b, int
 #pragma unroll
     for (int w = 0; w < S::kWarps; w++)
       x += acc[(w * kRows + r) * S::kWidth + column] * weights[r * S::kWarps + w];
-    int64_t at = (((b * p.seqlen_q + query) * p.nheads + head) * p.parts + part) * p.headdim_v + column;
+    int64_t at = (((block.b * p.seqlen_q + query) * p.nheads + head) * p.parts + block.part) * p.headdim_v + column;
     if (p.parts > 1)
       p.part_out[at] = x;
     else
@@ -575,7 +621,7 @@ __device__ __forceinline__ void store_rows(const DeviceDecode& p, int64_t b, int
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, 3) decode_kernel(const __grid_constant__ DeviceDecode p) {
+__global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(const __grid_constant__ DeviceDecode p) {
   typedef typename S::Query Query;
   typedef typename S::Cache Cache;
   unsigned char* shared = shared_memory<unsigned char>();
@@ -587,14 +633,8 @@ __global__ void __launch_bounds__(S::kThreads, 3) decode_kernel(const __grid_con
   auto tile_k = [&](int stage) { return tiles + 2 * stage * S::kTileBytes; };
   auto tile_v = [&](int stage) { return tiles + (2 * stage + 1) * S::kTileBytes; };
 
-  // Blocks with the same keys are neighbours; then heads, which are neighbours in memory.
-  int64_t group = p.nheads / p.nheads_k, rows = p.seqlen_q * group;
-  int64_t row_tiles = largest(divide_up(rows, kRows), 1), id = blockIdx.x;
-  int64_t first_row = id % row_tiles * kRows;
-  id /= row_tiles;
-  int64_t head_k = id % p.nheads_k;
-  id /= p.nheads_k;
-  int64_t part = id % p.parts, b = id / p.parts;
+  const Block block(p, static_cast<int>(blockIdx.x));
+  int64_t b = block.b, head_k = block.head_k;
 
   // The keys that queries see, and those that are to be written, in parts.
   Sequence sequence(p, b);
@@ -606,57 +646,57 @@ __global__ void __launch_bounds__(S::kThreads, 3) decode_kernel(const __grid_con
   }
   constexpr int kBlockKeys = S::kWarps * S::kKeys;
   int64_t size = divide_up(divide_up(largest(high - low, 0), p.parts), kBlockKeys) * kBlockKeys;
-  low += part * size;
+  low += block.part * size;
   high = least(low + size, high);
-  if (low >= high && part > 0) {
-    int64_t row = first_row + threadIdx.x;
-    if (threadIdx.x < kRows && row < rows)
-      p.part_lse[((b * p.nheads + head_k * group + row % group) * p.seqlen_q + row / group) * p.parts + part] =
-          -kInfinity;
+  if (low >= high && block.part > 0) {
+    int row = block.first_row + static_cast<int>(threadIdx.x);
+    int64_t head = int64_t{block.head_k} * block.group + row % block.group;
+    if (threadIdx.x < kRows && row < block.rows)
+      p.part_lse[((b * p.nheads + head) * p.seqlen_q + row / block.group) * p.parts + block.part] = -kInfinity;
     return;
   }
   // Of these, what the block's rows see.
-  int64_t last_row = least(first_row + kRows, rows) - 1;
-  int64_t begin = largest(mask.begin(first_row / group), low), end = least(mask.end(last_row / group), high);
-  bool writes = first_row == 0 && p.seqlen_new > 0;
-  int64_t cached_end = least(end, sequence.cached);
-  int64_t new_begin = largest(writes ? low : begin, sequence.cached), new_end = writes ? high : end;
-  if (p.seqlen_new == 0) new_end = new_begin;
-  int64_t cached_tiles = divide_up(largest(cached_end - begin, 0), S::kKeys);
-  int64_t all_tiles = cached_tiles + divide_up(largest(new_end - new_begin, 0), S::kKeys);
+  int64_t last_row = least(block.first_row + kRows, block.rows) - 1;
+  bool writes = block.first_row == 0 && p.seqlen_new > 0;
+  int begin = static_cast<int>(largest(mask.begin(block.first_row / block.group), low));
+  int end = static_cast<int>(least(mask.end(last_row / block.group), high));
+  int cached_end = static_cast<int>(least(end, sequence.cached));
+  int new_begin = static_cast<int>(largest(writes ? low : begin, sequence.cached));
+  int new_end = writes ? static_cast<int>(high) : p.seqlen_new > 0 ? end : 0;
+  int cached_tiles = static_cast<int>(divide_up(largest(cached_end - begin, 0), S::kKeys));
+  int all_tiles = cached_tiles + static_cast<int>(divide_up(largest(new_end - new_begin, 0), S::kKeys));
   // The warp's are those of number warp, warp + kWarps, ...
-  auto first_of = [&](int64_t tile) {
+  auto first_of = [&](int tile) {
     return tile < cached_tiles ? begin + tile * S::kKeys : new_begin + (tile - cached_tiles) * S::kKeys;
   };
 
-  const Cache* k_cache = static_cast<const Cache*>(p.k_cache.data) + head_k * p.k_cache.head_stride;
-  const Cache* v_cache = static_cast<const Cache*>(p.v_cache.data) + head_k * p.v_cache.head_stride;
   int dim = static_cast<int>(p.headdim), dim_v = static_cast<int>(p.headdim_v);
-  // Of tile `next`, that is copied next: the page of this lane's key, loaded a tile ahead, and that key.
-  int64_t next = warp, next_key = 0, page = 0;
+  // Of tile `next`, that is copied next: this lane's key, and its page, loaded a tile ahead.
+  int next = warp, next_key = 0, page = 0;
   auto find = [&] {
     if (next >= cached_tiles) return;
-    next_key = least(first_of(next) + lane % S::kKeys, cached_end - 1);
+    next_key = first_of(next) + lane % S::kKeys;
+    if (next_key >= cached_end) next_key = cached_end - 1;
     page = sequence.page_of(next_key);
   };
-  auto copy = [&](unsigned char* tile, const Cache* cache, const Tensor& tensor, int width) {
-    if (next < cached_tiles) {
-      int keys = static_cast<int>(least(cached_end - first_of(next), S::kKeys));
-      copy_tile<S>(tile, cache, sequence.at(page, next_key, tensor), keys, width, p.vectors, lane);
-    }
+  auto copy = [&](unsigned char* tile, const Tensor& cache, int width) {
+    if (next < cached_tiles)
+      copy_tile<S>(tile, static_cast<const Cache*>(cache.data) + head_k * cache.head_stride,
+                   sequence.at(page, next_key, cache), cached_end - first_of(next), width, p.vectors, lane);
     commit_copies();
   };
   find();
-#pragma unroll
-  for (int stage = 0; stage < S::kStages; stage++) {
-    copy(tile_k(stage), k_cache, p.k_cache, dim);
-    copy(tile_v(stage), v_cache, p.v_cache, dim_v);
+#pragma unroll 1
+  for (int half = 0; half < 2 * S::kStages; half++) {
+    bool is_v = half % 2;
+    copy(tiles + half * S::kTileBytes, is_v ? p.v_cache : p.k_cache, is_v ? dim_v : dim);
+    if (!is_v) continue;
     next += S::kWarps;
     find();
   }
 
-  auto q = static_cast<const Query*>(p.q.data) + b * p.q.batch_stride + head_k * group * p.q.head_stride;
-  load_queries<S>(p, sequence, shared_q, q, first_row, group);
+  auto q = static_cast<const Query*>(p.q.data) + b * p.q.batch_stride + head_k * block.group * p.q.head_stride;
+  load_queries<S>(p, sequence, shared_q, q, block);
   int64_t descale = b * p.descale_batch_stride + head_k;
   float k_descale = p.k_descale ? p.k_descale[descale] : 1.0f, v_descale = p.v_descale ? p.v_descale[descale] : 1.0f;
   Rows state;
@@ -664,14 +704,15 @@ __global__ void __launch_bounds__(S::kThreads, 3) decode_kernel(const __grid_con
   state.softcap = p.softcap * kLog2e;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    int64_t row = first_row + lane / 4 + 8 * h, query = row / group, head = head_k * group + row % group;
-    bool valid = row < rows;
-    state.begin[h] = mask.begin(query);
-    state.end[h] = valid ? mask.end(query) : 0;
-    state.diagonal[h] = query + mask.shift;
+    int row = block.first_row + lane / 4 + 8 * h, query = row / block.group;
+    int64_t head = head_k * block.group + row % block.group;
+    bool valid = row < block.rows;
+    state.begin[h] = static_cast<int>(mask.begin(query));
+    state.end[h] = valid ? static_cast<int>(mask.end(query)) : 0;
+    state.diagonal[h] = static_cast<int>(query + mask.shift);
     state.slopes[h] = valid && p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch_stride + head] * kLog2e : 0.0f;
     // The sink is in the first part, as a key seen first, of value 0.
-    state.m[h] = valid && p.sink && part == 0 && warp == 0 ? p.sink[head] * kLog2e : -kInfinity;
+    state.m[h] = valid && p.sink && block.part == 0 && warp == 0 ? p.sink[head] * kLog2e : -kInfinity;
     state.l[h] = state.m[h] != -kInfinity && in_group == 0 ? 1.0f : 0.0f;
   }
   float acc[S::kWidth / 8][4];
@@ -682,16 +723,20 @@ __global__ void __launch_bounds__(S::kThreads, 3) decode_kernel(const __grid_con
   __syncthreads();
 
   int stage = 0;
-  for (int64_t tile = warp; tile < all_tiles; tile += S::kWarps) {
+  for (int tile = warp; tile < all_tiles; tile += S::kWarps) {
+    lane = opaque(lane);
     bool is_new = tile >= cached_tiles;
-    int64_t first = first_of(tile), tile_end = is_new ? new_end : cached_end;
+    int first = first_of(tile), tile_end = is_new ? new_end : cached_end;
     if (is_new) {
-      auto k = static_cast<const Query*>(p.k_new.data) + b * p.k_new.batch_stride + head_k * p.k_new.head_stride;
-      auto v = static_cast<const Query*>(p.v_new.data) + b * p.v_new.batch_stride + head_k * p.v_new.head_stride;
-      append_tile<S, true>(p, sequence, tile_k(stage), k, p.k_new, const_cast<Cache*>(k_cache), p.k_cache, first,
-                           tile_end, dim, k_descale, writes, lane);
-      append_tile<S, false>(p, sequence, tile_v(stage), v, p.v_new, const_cast<Cache*>(v_cache), p.v_cache, first,
-                            tile_end, dim_v, v_descale, writes, lane);
+#pragma unroll 1
+      for (int half = 0; half < 2; half++) {
+        const Tensor &from = half ? p.v_new : p.k_new, &to = half ? p.v_cache : p.k_cache;
+        append_tile<S>(p, sequence, tile_k(stage) + half * S::kTileBytes,
+                       static_cast<const Query*>(from.data) + b * from.batch_stride + head_k * from.head_stride, from,
+                       static_cast<Cache*>(to.data) + head_k * to.head_stride, to, first, tile_end,
+                       half ? dim_v : dim, half ? 0 : static_cast<int>(p.rotary_dim), half ? v_descale : k_descale,
+                       writes, lane);
+      }
     }
     // Each tile of k and of v is a group of copies, empty at the end.
     wait_for_copies<2 * S::kStages - 1>();
@@ -699,8 +744,8 @@ __global__ void __launch_bounds__(S::kThreads, 3) decode_kernel(const __grid_con
     float s[S::kKeys / 8][4], alpha[2];
     multiply_keys<S>(shared_q, tile_k(stage), dim, lane, s);
     __syncwarp();
-    copy(tile_k(stage), k_cache, p.k_cache, dim);
-    state.softmax(s, first, tile_end, in_group, alpha);
+    copy(tile_k(stage), p.k_cache, dim);
+    state.softmax(s, p.alibi_slopes != nullptr, first, tile_end, in_group, alpha);
 #pragma unroll
     for (int n = 0; n < S::kWidth / 8; n++)
 #pragma unroll
@@ -709,7 +754,7 @@ __global__ void __launch_bounds__(S::kThreads, 3) decode_kernel(const __grid_con
     __syncwarp();
     multiply_values<S>(s, tile_v(stage), dim_v, probs, lane, acc);
     __syncwarp();
-    copy(tile_v(stage), v_cache, p.v_cache, dim_v);
+    copy(tile_v(stage), p.v_cache, dim_v);
     next += S::kWarps;
     find();
     stage = stage + 1 == S::kStages ? 0 : stage + 1;
@@ -732,7 +777,7 @@ __global__ void __launch_bounds__(S::kThreads, 3) decode_kernel(const __grid_con
       for (int e = 0; e < 2; e++) states[row * S::kWidth + column_of<S>(n, e, in_group)] = acc[n][2 * h + e];
   }
   __syncthreads();
-  store_rows<S>(p, b, head_k, part, first_row, group, v_descale);
+  store_rows<S>(p, Block(p, opaque(static_cast<int>(blockIdx.x))));
 }
 
 constexpr int kMergeWarps = 4, kMostColumns = 256 / 32;
