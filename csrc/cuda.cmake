@@ -1,6 +1,8 @@
 # The CUDA kernels: sources, and what each is compiled for. nvcc is enough: no GPU, no CUDA build of torch.
-set(cuda_sources runtime.cu norm.cu)
+set(cuda_sources runtime.cu norm.cu decode.cu)
+set(hopper_sources attention_forward.cu) # instructions that no other chip has
 list(TRANSFORM cuda_sources PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
+list(TRANSFORM hopper_sources PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
 
 # A module of the binding and the kernels; `ARGN` are sources of its own.
 function(add_cuda_module name)
@@ -23,7 +25,11 @@ if(FASTGPT_CUDA)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 90-virtual)
   # Statistics are those of rounded values.
   set_source_files_properties(cuda/norm.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
-  add_cuda_module(_cuda)
+  add_library(hopper OBJECT ${hopper_sources})
+  set_target_properties(hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON)
+  target_include_directories(hopper PRIVATE include cuda)
+  target_compile_options(hopper PRIVATE -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-fvisibility=hidden)
+  add_cuda_module(_cuda $<TARGET_OBJECTS:hopper>)
   target_compile_options(
     _cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-fvisibility=hidden>)
   set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static) # loads the driver when it is first used

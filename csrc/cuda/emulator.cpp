@@ -360,13 +360,14 @@ void run(const char* kernel, dim3 grid, dim3 size, int shared_bytes, void (*kern
   body = kernel_body;
   body_context = context;
   size_t aligned = (reinterpret_cast<size_t>(shared.data()) + kGuard + 1023) / 1024 * 1024;
-  block = {dim3(0, 0, 0), size, grid, reinterpret_cast<unsigned char*>(aligned), shared_bytes};
+  block = {dim3(0, 0, 0), size, grid, reinterpret_cast<unsigned char*>(aligned), shared_bytes, block.number};
   unsigned char *first = block.shared - kGuard, *end = block.shared + shared_bytes + kGuard;
   try {
     for (block.index.z = 0; block.index.z < grid.z; block.index.z++)
       for (block.index.y = 0; block.index.y < grid.y; block.index.y++)
         for (block.index.x = 0; block.index.x < grid.x; block.index.x++) {
           std::memset(first, 0xff, end - first);
+          block.number++;
           run_block(stacks);
           if (std::memcmp(first, untouched.data(), kGuard) ||
               std::memcmp(end - kGuard, untouched.data(), kGuard))

@@ -62,6 +62,7 @@ struct Block {
   dim3 index, size, grid;
   unsigned char* shared;
   int shared_bytes;
+  uint64_t number;  // of those that this process has run
 };
 
 extern const Thread* thread;  // that runs
@@ -216,4 +217,15 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return static_cast<float>(1 / __builtin_sqrt(static_cast<double>(x))); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+// The bytes of the result are those of (x, y), 0 to 7, that the hexadecimal digits of `selector` name.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  uint64_t bytes = uint64_t{y} << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++)
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}

@@ -8,6 +8,8 @@
 #include <optional>
 #include <tuple>
 
+#include "attention.h"
+#include "decode.h"
 #include "fastgpt/python.h"
 #include "norm.h"
 #ifdef FASTGPT_EMULATE
@@ -30,6 +32,13 @@ Queue queue_of(const PyQueue& queue) {
   return {std::get<0>(queue), reinterpret_cast<void*>(std::get<1>(queue))};
 }
 
+CacheType cache_type_of(const Data& cache) {
+  Element element = cache.element();
+  return element == Element::int8   ? CacheType::int8
+         : element == Element::e4m3 ? CacheType::e4m3
+                                    : CacheType::same;
+}
+
 }  // namespace
 }  // namespace fastgpt
 
@@ -41,6 +50,33 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
 #ifdef FASTGPT_EMULATE
   m.def("self_test", [](const std::string& name, Data out) { self_test(name, out); });
 #endif
+
+  m.def("attention_forward",
+        [](const PyQueue& queue, int multiprocessors, const Array& q, const Array& k, const Array& v,
+           const Array& out, Data lse, Data cu_seqlens_q, Data cu_seqlens_k, Data seqused_k, Data leftpad_k,
+           int64_t batch, float softmax_scale, int64_t window_left, int64_t window_right) {
+          AttentionParams p{};
+          p.dtype = q.dtype();
+          p.batch = batch;
+          p.seqlen_q = q.size(3);
+          p.seqlen_k = k.size(3);
+          p.nheads = q.size(2);
+          p.nheads_k = k.size(2);
+          p.headdim = p.headdim_v = q.size(1);
+          p.q = tensor(q);
+          p.k = tensor(k);
+          p.v = tensor(v);
+          p.out = tensor(out);
+          p.lse = lse;
+          p.softmax_scale = softmax_scale;
+          p.window_left = window_left;
+          p.window_right = window_right;
+          p.cu_seqlens_q = cu_seqlens_q;
+          p.cu_seqlens_k = cu_seqlens_k;
+          p.seqused_k = seqused_k;
+          p.leftpad_k = leftpad_k;
+          attention_forward(p, multiprocessors, queue_of(queue));
+        });
 
   m.def("norm_forward",
         [](const PyQueue& queue, int64_t rows, int64_t hidden, Data x, int64_t x_stride, Data residual,
@@ -95,5 +131,78 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
           p.dropout = dropout_of(dropout);
           p.multiprocessors = multiprocessors;
           norm_backward(p, queue_of(queue));
+        });
+
+  m.def("decode_parts", [](int64_t multiprocessors, Data q, Data k_cache, int64_t batch, int64_t seqlen_q,
+                           int64_t seqlen_new, int64_t nheads, int64_t nheads_k, int64_t headdim,
+                           int64_t headdim_v, int64_t capacity, int64_t window_left, int64_t num_splits) {
+    DeviceDecode p{};
+    p.dtype = q.dtype();
+    p.cache_type = cache_type_of(k_cache);
+    p.batch = batch;
+    p.seqlen_q = seqlen_q;
+    p.seqlen_new = seqlen_new;
+    p.nheads = nheads;
+    p.nheads_k = nheads_k;
+    p.headdim = headdim;
+    p.headdim_v = headdim_v;
+    p.capacity = capacity;
+    p.window_left = window_left;
+    return decode_parts(p, num_splits, multiprocessors);
+  });
+
+  m.def("decode",
+        [](const PyQueue& queue, const Array& q, const Array& k_cache, const Array& v_cache,
+           const Array& k_new, const Array& v_new, int64_t capacity, Data out, Data lse, int64_t parts,
+           Data part_out, Data part_lse, Data cache_seqlens, const Array& rotary_cos, Data rotary_sin,
+           Data cache_batch_idx, Data cache_leftpad, const Array& block_table, const Array& alibi_slopes,
+           Data sink, const Array& k_descale, Data v_descale, float softmax_scale, int64_t window_left,
+           int64_t window_right, float softcap, bool rotary_interleaved) {
+          DeviceDecode p{};
+          p.dtype = q.dtype();
+          p.cache_type = cache_type_of(k_cache);
+          p.batch = q.size(4);
+          p.seqlen_q = q.size(3);
+          p.seqlen_new = k_new.ndim ? k_new.size(3) : 0;
+          p.nheads = q.size(2);
+          p.nheads_k = k_cache.size(2);
+          p.headdim = q.size(1);
+          p.headdim_v = v_cache.size(1);
+          p.capacity = capacity;
+          p.q = tensor(q);
+          p.k_cache = tensor(k_cache);
+          p.v_cache = tensor(v_cache);
+          p.k_new = tensor(k_new);
+          p.v_new = tensor(v_new);
+          p.out = out;
+          p.lse = lse;
+          p.parts = parts;
+          p.part_out = part_out;
+          p.part_lse = part_lse;
+          p.cache_seqlens = cache_seqlens;
+          p.cache_batch_idx = cache_batch_idx;
+          p.cache_leftpad = cache_leftpad;
+          p.block_table = block_table;
+          p.block_table_stride = batch_stride(block_table);
+          p.page_size = k_cache.size(3);
+          p.k_descale = k_descale;
+          p.v_descale = v_descale;
+          p.descale_batch_stride = batch_stride(k_descale);
+          p.alibi_slopes = alibi_slopes;
+          p.alibi_batch_stride = batch_stride(alibi_slopes);
+          p.sink = sink;
+          if (rotary_cos.ndim) {
+            p.rotary_cos = rotary_cos;
+            p.rotary_sin = rotary_sin;
+            p.rotary_dtype = rotary_cos.dtype();
+            p.positions = rotary_cos.size(2);
+            p.rotary_dim = 2 * rotary_cos.size(1);
+          }
+          p.rotary_interleaved = rotary_interleaved;
+          p.softmax_scale = softmax_scale;
+          p.softcap = softcap;
+          p.window_left = window_left;
+          p.window_right = window_right;
+          decode(p, queue_of(queue));
         });
 }

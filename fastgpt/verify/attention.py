@@ -16,6 +16,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt import dispatch
 from fastgpt.ops.attention import reference
+from fastgpt.ops.attention.spec import FEATURES
 from fastgpt.verify.rule import Result, as_called
 
 
@@ -370,16 +371,24 @@ def plain_variant(
     return torch.cat(outs), torch.cat(lses)
 
 
+def has_backward(backend: str) -> bool:
+    """Whether the backend has gradients; where it has none, out and lse are judged."""
+    return "backward" in getattr(dispatch.implementation("attention", backend), "FEATURES", FEATURES)
+
+
 def run_variant(
-    attention: Attention, tensors: Optionals, dtype: torch.dtype, grads: tuple[Tensor, Tensor]
+    attention: Attention, tensors: Optionals, dtype: torch.dtype, grads: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, ...]:
     """(out, lse, gradients of q, k, v, sink, bias); sink and bias keep their dtype but for float64."""
     leaves: list[Tensor | None] = []
     for i, t in enumerate(tensors):
         if t is not None and t.is_floating_point():
-            t = t.detach().to(dtype if i < 3 or dtype == torch.float64 else t.dtype).requires_grad_()
+            t = t.detach().to(dtype if i < 3 or dtype == torch.float64 else t.dtype)
+            t.requires_grad_(grads is not None)
         leaves.append(t)
     out, lse = attention(*leaves)
+    if grads is None:
+        return out, lse
     dout, dlse = grads
     torch.autograd.backward([out, lse], [dout.to(out.dtype), dlse.masked_fill(lse.isinf(), 0).to(lse.dtype)])
     wanted = [t for t in leaves if t is not None and t.requires_grad]
@@ -398,6 +407,7 @@ def variant_results(
     dout = variant.case.laid_out(torch.randn(variant.case.batch, *q.shape[-3:-1], v.shape[-1]).to(dtype))
     dout = dout if q.dim() == 4 else dout[0]
     dlse = torch.randn(*(q.shape[1::-1] if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])))
+    grads = (dout, dlse) if has_backward(backend) else None
 
     def fused(backend: str) -> Attention:
         return lambda *tensors: fused_variant(*tensors, backend=backend, **fixed)
@@ -405,13 +415,13 @@ def variant_results(
     in_plain = functools.partial(plain_variant, variant, fixed)
     other = fused("reference") if by_reference else in_plain
     calls = (fused(backend), dtype), (other, dtype), (other, torch.float64)
-    got, plain, exact = (run_variant(call, inputs, precision, (dout, dlse)) for call, precision in calls)
+    got, plain, exact = (run_variant(call, inputs, precision, grads) for call, precision in calls)
     if by_reference and backend in dispatch.GPU_KERNELS:
-        rough = run_variant(in_plain, inputs, dtype, (dout, dlse))
+        rough = run_variant(in_plain, inputs, dtype, grads)
         plain = (*plain[:2], *map(_worse, plain[2:], rough[2:], exact[2:]))
     names = ["out", "lse", "dq", "dk", "dv"]
     names += ["dsink"] * (inputs[3] is not None) + ["dbias"] * (inputs[4] is not None and not variant.mask)
-    return list(zip(names, got, plain, exact, strict=True))
+    return list(zip(names[: len(got)], got, plain, exact, strict=True))
 
 
 def _worse(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
@@ -424,7 +434,7 @@ def case_results(case: AttentionCase, backend: str, dtype: torch.dtype) -> list[
     """(what, got, plain, exact) of out, lse and the gradients of q, k and v."""
     inputs = case.inputs(dtype)
     dout = torch.randn(case.batch, case.sq, case.nheads, case.headdim_v).to(dtype)
-    grads = dout, torch.randn(case.batch, case.nheads, case.sq)
+    grads = (dout, torch.randn(case.batch, case.nheads, case.sq)) if has_backward(backend) else None
 
     def fused(q: Tensor, k: Tensor, v: Tensor) -> Any:
         window = {"causal": case.causal, "window_size": case.window}
@@ -435,4 +445,5 @@ def case_results(case: AttentionCase, backend: str, dtype: torch.dtype) -> list[
 
     got = run(fused, inputs, dtype, grads)
     rough, exact = (run(plain, inputs, precision, grads) for precision in (dtype, torch.float64))
-    return list(zip(("out", "lse", "dq", "dk", "dv"), got, rough, exact, strict=True))
+    names = ("out", "lse", "dq", "dk", "dv")
+    return list(zip(names[: len(got)], got, rough, exact, strict=True))

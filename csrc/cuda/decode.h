@@ -1,0 +1,57 @@
+// Attention over a KV cache on GPUs: what the binding hands to decode.cu.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "fastgpt/params.h"
+#include "queue.h"
+
+namespace fastgpt {
+
+// As DecodeParams, but for what is in the GPU's memory and read there: lengths, indices and paddings.
+struct DeviceDecode {
+  DType dtype;
+  CacheType cache_type;
+  int64_t batch, seqlen_q, seqlen_new, nheads, nheads_k, headdim, headdim_v;
+  int64_t capacity;  // keys that a sequence can have
+  Tensor q, k_cache, v_cache, k_new, v_new;
+  bool vectors;  // all rows of the caches are aligned to 16 bytes; decode() finds out
+  void* out;     // (batch, seqlen_q, nheads, headdim_v)
+  float* lse;    // (batch, nheads, seqlen_q)
+  // Where there are several parts, what each has: (batch, seqlen_q, nheads, parts, headdim_v) and (batch,
+  // nheads, seqlen_q, parts).
+  int64_t parts;
+  float *part_out, *part_lse;
+  const int32_t *cache_seqlens, *cache_batch_idx, *cache_leftpad, *block_table;
+  int64_t block_table_stride, page_size;
+  const float *k_descale, *v_descale;
+  int64_t descale_batch_stride;
+  const float* alibi_slopes;
+  int64_t alibi_batch_stride;
+  const float* sink;
+  const void *rotary_cos, *rotary_sin;  // (positions, rotary_dim / 2), contiguous
+  DType rotary_dtype;
+  int64_t positions, rotary_dim;  // 0 without
+  bool rotary_interleaved;
+  float softmax_scale, softcap;
+  int64_t window_left, window_right;
+
+  std::string describe() const {
+    static const char* const kNames[] = {"fp32", "bf16", "fp16"};
+    static const char* const kCaches[] = {"", ", cache int8", ", cache e4m3"};
+    return "batch " + std::to_string(batch) + ", seqlen_q " + std::to_string(seqlen_q) + ", capacity " +
+           std::to_string(capacity) + ", heads " + std::to_string(nheads) + "/" + std::to_string(nheads_k) +
+           ", headdim " + std::to_string(headdim) + "/" + std::to_string(headdim_v) + ", parts " +
+           std::to_string(parts) + ", " + kNames[static_cast<int>(dtype)] +
+           kCaches[static_cast<int>(cache_type)];
+  }
+};
+
+// Into how many parts the keys of such a call are cut: num_splits, but for parts without keys; where that is 0,
+// as many as keep the GPU busy. It depends on shapes alone, and with num_splits not on the batch.
+int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multiprocessors);
+
+void decode(DeviceDecode p, const Queue& queue);
+
+}  // namespace fastgpt

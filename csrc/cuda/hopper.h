@@ -1,0 +1,469 @@
+// What only Hopper (sm_90a) has, as functions: barriers that count bytes (mbarrier), the engine that copies
+// tiles between global and shared memory (TMA), products of a whole warpgroup (wgmma), registers that move
+// from one warpgroup to another. PTX under nvcc, and what it means beside it for the emulator, where copies
+// and products happen as late as they may: a copy when its barrier is waited for, a product when its group
+// is. What is read before that is NaN.
+#pragma once
+
+#include "device.h"
+
+#ifdef FASTGPT_EMULATE
+#include <map>
+#include <vector>
+#else
+#include <cuda.h>
+#endif
+
+namespace fastgpt {
+
+// A tensor of 16-bit numbers of which tiles of 64 columns are copied, in shared memory as wgmma wants them:
+// rows of 128 bytes, whose 16-byte chunk c is at c ^ (row % 8). Rows beyond the tensor's are read as 0 and
+// not written.
+#ifdef FASTGPT_EMULATE
+struct alignas(64) TensorMap {
+  unsigned char* data;
+  int64_t sizes[4], strides[4];  // columns, rows, heads, sequences; strides in bytes
+  int rows;                      // of a tile
+};
+#else
+using TensorMap = CUtensorMap;
+#endif
+constexpr int kTileColumns = 64, kTileRowBytes = 128;
+
+// Throws std::runtime_error where the engine cannot: addresses and strides are multiples of 16 bytes.
+TensorMap make_tensor_map(const Tensor& tensor, DType dtype, int64_t columns, int64_t rows, int64_t heads,
+                          int64_t sequences, int tile_rows);
+
+// Where the 16 bytes of row `row` and chunk `chunk` of a tile are, in bytes; tiles begin at multiples of
+// 1024.
+__device__ __forceinline__ int tile_offset(int row, int chunk) {
+  return row * kTileRowBytes + ((chunk ^ (row & 7)) << 4);
+}
+
+// A barrier in shared memory: its phase ends when as many threads as it was made for have arrived and all
+// bytes that they have announced are there.
+struct Barrier {
+  uint64_t bits;
+};
+
+#ifdef FASTGPT_EMULATE
+namespace emulated {
+
+struct BarrierState {
+  uint16_t threads, missing;
+  int32_t bytes_and_phase;  // 2 · bytes that are still missing + phase
+};
+inline BarrierState& state_of(Barrier* barrier, Where where) {
+  auto* state = reinterpret_cast<BarrierState*>(barrier);
+  if (state->threads == 0xffff) fail(where, "the barrier was not initialized");
+  return *state;
+}
+inline void settle(BarrierState& state) {
+  if (state.missing == 0 && state.bytes_and_phase >> 1 == 0) {
+    state.missing = state.threads;
+    state.bytes_and_phase ^= 1;
+  }
+}
+
+struct Copy {
+  const TensorMap* map;
+  unsigned char* to;
+  int column, row, head, sequence;
+};
+inline std::map<Barrier*, std::vector<Copy>> copies;  // on their way, by the barrier that waits for them
+
+inline int64_t swizzled(int64_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+// store: from shared memory to global memory.
+inline void move(const Copy& copy, bool store) {
+  const TensorMap& map = *copy.map;
+  for (int r = 0; r < map.rows; r++)
+    for (int c = 0; c < kTileColumns; c++) {
+      int64_t row = copy.row + r, column = copy.column + c;
+      unsigned char* here = block.shared + swizzled(copy.to - block.shared + r * kTileRowBytes + 2 * c);
+      bool inside = row >= 0 && row < map.sizes[1] && column < map.sizes[0];
+      unsigned char* there = map.data + 2 * column + row * map.strides[1] + copy.head * map.strides[2] +
+                             copy.sequence * map.strides[3];
+      if (store && inside)
+        std::memcpy(there, here, 2);
+      else if (!store && inside)
+        std::memcpy(here, there, 2);
+      else if (!store)
+        std::memset(here, 0, 2);
+    }
+}
+
+}  // namespace emulated
+
+inline void barrier_init(Barrier* barrier, int threads) {
+  emulated::copies[barrier].clear();
+  uint16_t n = static_cast<uint16_t>(threads);
+  *reinterpret_cast<emulated::BarrierState*>(barrier) = {n, n, 0};
+}
+inline void barrier_arrive(Barrier* barrier, FASTGPT_WHERE("barrier_arrive")) {
+  auto& state = emulated::state_of(barrier, where);
+  if (state.missing == 0) emulated::fail(where, "all threads of the barrier have arrived before");
+  state.missing--;
+  emulated::settle(state);
+}
+inline void barrier_arrive_expecting(Barrier* barrier, int bytes, FASTGPT_WHERE("barrier_arrive_expecting")) {
+  emulated::state_of(barrier, where).bytes_and_phase += 2 * bytes;
+  barrier_arrive(barrier, where);
+}
+inline void barrier_wait(Barrier* barrier, int parity, FASTGPT_WHERE("barrier_wait")) {
+  auto& state = emulated::state_of(barrier, where);
+  emulated::wait_until(where, [&state, barrier, parity] {
+    std::vector<emulated::Copy> landing;
+    landing.swap(emulated::copies[barrier]);
+    for (const emulated::Copy& copy : landing) {
+      emulated::move(copy, false);
+      state.bytes_and_phase -= 2 * copy.map->rows * kTileRowBytes;
+    }
+    if (!landing.empty()) emulated::settle(state);
+    return (state.bytes_and_phase & 1) != parity;
+  });
+}
+inline void fence_barrier_init() {}
+inline void fence_shared_for_copies() {}
+
+inline void copy_tile(void* to, const TensorMap* map, Barrier* barrier, int column, int row, int head,
+                      int sequence) {
+  emulated::copies[barrier].push_back({map, static_cast<unsigned char*>(to), column, row, head, sequence});
+}
+inline void store_tile(const TensorMap* map, const void* from, int column, int row, int head, int sequence) {
+  auto* memory = const_cast<unsigned char*>(static_cast<const unsigned char*>(from));
+  emulated::move({map, memory, column, row, head, sequence}, true);
+}
+inline void commit_stores() {}
+inline void wait_stores_read() {}
+inline void prefetch(const TensorMap*) {}
+
+template <int kRegisters>
+inline void take_registers() {}
+template <int kRegisters>
+inline void give_registers() {}
+
+#else
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(Barrier* barrier, int threads) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(threads)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_expecting(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Until the phase of this parity, 0 first, has ended; of one that has not begun, returns at once for
+// parity 1.
+__device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+      "@!ended bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// Makes barrier_init visible to copies.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// What this thread has written to shared memory is what copies and products that follow a barrier read.
+__device__ __forceinline__ void fence_shared_for_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A tile that begins at this column and row; the barrier counts its bytes, those beyond the tensor, too.
+__device__ __forceinline__ void copy_tile(void* to, const TensorMap* map, Barrier* barrier, int column,
+                                          int row, int head, int sequence) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+      "%6}], "
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(sequence)
+      : "memory");
+}
+__device__ __forceinline__ void store_tile(const TensorMap* map, const void* from, int column, int row,
+                                           int head, int sequence) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+      "r"(shared_address(from)), "r"(column), "r"(row), "r"(head), "r"(sequence)
+      : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until this thread's stores have read shared memory.
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void prefetch(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+#endif
+
+// A matrix operand in shared memory, in tiles of 64 columns (TensorMap). Along k, which columns are: rows of
+// the matrix are rows of the tile. Across: columns of the matrix are rows of the tile, and the tiles of its
+// next 64 rows lie `apart` bytes on. Groups of 8 rows of a tile are 1024 bytes.
+__device__ __forceinline__ uint64_t matrix(uint32_t address, uint32_t apart = 16) {
+  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{apart >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
+         uint64_t{1} << 62;
+}
+
+// Products of a warpgroup, asynchronous: after product_begin, those up to product_commit are a group, and
+// product_wait<n> waits for all groups but the last n. Between, the operands and accumulators belong to them.
+//
+// d (64, N) += a (64, 16) · b (16, N), or d = a · b without `accumulate`. Of d each thread has N / 2
+// elements: of rows r = 16 · warp + lane / 4 and r + 8, d[4 i + e] is of row r + 8 (e / 2) and column 8 i + 2
+// (lane % 4) + e % 2. a in registers is the same of its 16 columns, two to a register: rows r and r + 8 of
+// columns below 8, then of the others.
+#ifdef FASTGPT_EMULATE
+namespace emulated {
+
+struct Product {
+  float* d[kWarpgroup];
+  const uint32_t* a[kWarpgroup];  // null: a_matrix
+  uint64_t a_matrix, b_matrix;
+  int n;
+  bool b_across, accumulate, is_bf16;
+};
+struct Products {
+  std::vector<Product> open;
+  std::vector<std::vector<Product>> groups;
+  std::map<float*, std::vector<float>>
+      values;  // of accumulators that are NaN meanwhile, by the first thread's
+};
+inline Products products[kMaxThreads / kWarpgroup];
+
+inline float number(const unsigned char* address, bool is_bf16) {
+  uint16_t bits;
+  std::memcpy(&bits, address, 2);
+  return is_bf16 ? to_float(bf16{bits}) : to_float(f16{bits});
+}
+// Element (row, k) of a matrix.
+inline float element(uint64_t matrix, int row, int k, bool across, bool is_bf16) {
+  int64_t start = (matrix & 0x3fff) << 4, apart = (matrix >> 16 & 0x3fff) << 4,
+          groups = (matrix >> 32 & 0x3fff) << 4;
+  int64_t address = across ? row / 64 * apart + row % 64 * 2 + k / 8 * groups + k % 8 * 128
+                           : row / 8 * groups + row % 8 * 128 + k * 2;
+  return number(block.shared + swizzled(start + address), is_bf16);
+}
+
+inline void compute(Products& own, const Product& p) {
+  std::vector<float> b(16 * p.n);
+  for (int k = 0; k < 16; k++)
+    for (int c = 0; c < p.n; c++) b[k * p.n + c] = element(p.b_matrix, c, k, p.b_across, p.is_bf16);
+  std::vector<float>& values = own.values.at(p.d[0]);
+  for (int row = 0; row < 64; row++) {
+    int warp = row / 16, group = row % 8, half = row % 16 / 8;
+    float a[16];
+    for (int k = 0; k < 16; k++) {
+      if (p.a[0]) {
+        uint32_t bits = p.a[32 * warp + 4 * group + k % 8 / 2][half + k / 8 * 2] >> 16 * (k % 2);
+        uint16_t low = static_cast<uint16_t>(bits);
+        a[k] = p.is_bf16 ? to_float(bf16{low}) : to_float(f16{low});
+      } else {
+        a[k] = element(p.a_matrix, row, k, false, p.is_bf16);
+      }
+    }
+    for (int c = 0; c < p.n; c++) {
+      int thread = 32 * warp + 4 * group + c % 8 / 2, at = c / 8 * 4 + half * 2 + c % 2;
+      float& d = values[thread * (p.n / 2) + at];
+      float sum = p.accumulate ? d : 0.0f;
+      for (int k = 0; k < 16; k++) sum += a[k] * b[k * p.n + c];
+      d = sum;
+    }
+  }
+}
+
+}  // namespace emulated
+
+template <class T, int N>
+void product_issue(float (&d)[N / 2], const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool b_across,
+                   bool accumulate, emulated::Where where) {
+  struct Own {
+    float* d;
+    const uint32_t* a;
+  } own{d, a};
+  emulated::warpgroup_wide(own, where, [&](Own* const(&threads)[128]) {
+    emulated::Products& mine = emulated::products[emulated::thread->number / 128];
+    emulated::Product p{{}, {}, a_matrix, b_matrix, N, b_across, accumulate, dtype_of<T> == DType::bf16};
+    for (int i = 0; i < 128; i++) p.d[i] = threads[i]->d, p.a[i] = threads[i]->a;
+    if (!mine.values.count(p.d[0])) {
+      std::vector<float>& values = mine.values[p.d[0]];
+      values.resize(128 * (N / 2));
+      for (int i = 0; i < 128; i++) {
+        std::memcpy(&values[i * (N / 2)], p.d[i], sizeof d);
+        std::memset(p.d[i], 0xff, sizeof d);
+      }
+    }
+    mine.open.push_back(p);
+  });
+}
+template <class T, int N>
+void product_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate,
+                    FASTGPT_WHERE("product_shared")) {
+  product_issue<T, N>(d, nullptr, a, b, false, accumulate, where);
+}
+template <class T, int N>
+void product_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
+                       FASTGPT_WHERE("product_registers")) {
+  product_issue<T, N>(d, a, 0, b, true, accumulate, where);
+}
+inline void product_begin() {}
+inline void product_commit(FASTGPT_WHERE("product_commit")) {
+  int none = 0;
+  emulated::warpgroup_wide(none, where, [](int* const(&)[128]) {
+    emulated::Products& mine = emulated::products[emulated::thread->number / 128];
+    mine.groups.push_back(std::move(mine.open));
+    mine.open.clear();
+  });
+}
+template <int kLeft>
+void product_wait(FASTGPT_WHERE("product_wait")) {
+  int none = 0;
+  emulated::warpgroup_wide(none, where, [](int* const(&)[128]) {
+    emulated::Products& mine = emulated::products[emulated::thread->number / 128];
+    while (mine.groups.size() > kLeft) {
+      for (const emulated::Product& p : mine.groups.front()) emulated::compute(mine, p);
+      std::vector<emulated::Product> done = std::move(mine.groups.front());
+      mine.groups.erase(mine.groups.begin());
+      for (const emulated::Product& p : done) {
+        bool busy = false;
+        for (const auto& group : mine.groups)
+          for (const emulated::Product& other : group) busy |= other.d[0] == p.d[0];
+        auto values = mine.values.find(p.d[0]);
+        if (busy || values == mine.values.end()) continue;
+        for (int i = 0; i < 128; i++)
+          std::memcpy(p.d[i], &values->second[i * (p.n / 2)], p.n / 2 * sizeof(float));
+        mine.values.erase(values);
+      }
+    }
+  });
+}
+template <int N>
+void product_settled(float (&)[N]) {}
+
+inline uint32_t matrix_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emulated::block.shared);
+}
+#else
+__device__ __forceinline__ uint32_t matrix_address(const void* pointer) { return shared_address(pointer); }
+
+__device__ __forceinline__ void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void product_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kLeft>
+__device__ __forceinline__ void product_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+// After a wait: the compiler must not have read the accumulators before it.
+template <int N>
+__device__ __forceinline__ void product_settled(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define FASTGPT_8(i)                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FASTGPT_32(i) FASTGPT_8(i), FASTGPT_8(i + 8), FASTGPT_8(i + 16), FASTGPT_8(i + 24)
+#define FASTGPT_NAMES_32                                                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTGPT_NAMES_64                                                                                   \
+  FASTGPT_NAMES_32                                                                                         \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTGPT_NAMES_128                                                                                  \
+  FASTGPT_NAMES_64                                                                                         \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
+  "%84, "                                                                                                  \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "    \
+  "%104, "                                                                                                 \
+  "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, " \
+  "%122, %123, %124, %125, %126, %127"
+
+// n and the types of a and b; the names of d; those of the operands after it; and their values.
+#define FASTGPT_WGMMA(n, type, d_names, operands, scale, trailing, ...)                          \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " scale                       \
+               ", 0;\n"                                                                          \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type " {" d_names "}, " operands \
+               ", accumulate, 1, 1" trailing ";\n}"                                              \
+               : __VA_ARGS__)
+
+// a and b in shared memory, both along k.
+template <class T, int N>
+__device__ __forceinline__ void product_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  int scale = accumulate;
+  constexpr bool is_bf16 = dtype_of<T> == DType::bf16;
+  static_assert(N == 64 || N == 128);
+#define FASTGPT_SHARED(type)                                                                                 \
+  if constexpr (N == 64)                                                                                     \
+    FASTGPT_WGMMA("64", type, FASTGPT_NAMES_32, "%32, %33", "%34", ", 0, 0", FASTGPT_32(0) : "l"(a), "l"(b), \
+                  "r"(scale));                                                                               \
+  else                                                                                                       \
+    FASTGPT_WGMMA("128", type, FASTGPT_NAMES_64, "%64, %65", "%66", ", 0, 0", FASTGPT_32(0),                 \
+                  FASTGPT_32(32) : "l"(a), "l"(b), "r"(scale))
+  if constexpr (is_bf16) {
+    FASTGPT_SHARED("bf16.bf16");
+  } else {
+    FASTGPT_SHARED("f16.f16");
+  }
+#undef FASTGPT_SHARED
+}
+
+// a in registers, b in shared memory across k.
+template <class T, int N>
+__device__ __forceinline__ void product_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
+                                                  bool accumulate) {
+  int scale = accumulate;
+  constexpr bool is_bf16 = dtype_of<T> == DType::bf16;
+  static_assert(N == 64 || N == 128 || N == 256);
+#define FASTGPT_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define FASTGPT_REGISTERS(type)                                                                            \
+  if constexpr (N == 64)                                                                                   \
+    FASTGPT_WGMMA("64", type, FASTGPT_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", ", 1",                 \
+                  FASTGPT_32(0) : FASTGPT_A, "l"(b), "r"(scale));                                          \
+  else if constexpr (N == 128)                                                                             \
+    FASTGPT_WGMMA("128", type, FASTGPT_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", ", 1", FASTGPT_32(0), \
+                  FASTGPT_32(32) : FASTGPT_A, "l"(b), "r"(scale));                                         \
+  else                                                                                                     \
+    FASTGPT_WGMMA("256", type, FASTGPT_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", ", 1",         \
+                  FASTGPT_32(0), FASTGPT_32(32), FASTGPT_32(64), FASTGPT_32(96) : FASTGPT_A, "l"(b),       \
+                  "r"(scale))
+  if constexpr (is_bf16) {
+    FASTGPT_REGISTERS("bf16.bf16");
+  } else {
+    FASTGPT_REGISTERS("f16.f16");
+  }
+#undef FASTGPT_REGISTERS
+#undef FASTGPT_A
+}
+#undef FASTGPT_WGMMA
+#undef FASTGPT_NAMES_128
+#undef FASTGPT_NAMES_64
+#undef FASTGPT_NAMES_32
+#undef FASTGPT_32
+#undef FASTGPT_8
+#endif
+
+}  // namespace fastgpt

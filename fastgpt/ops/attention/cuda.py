@@ -1,0 +1,80 @@
+"""Attention on the CUDA kernels: ``csrc/cuda/attention_forward.cu``.
+
+Storage bf16 or fp16, arithmetic fp32. Backward is Triton's.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops import cuda
+from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
+
+FEATURES = ("window", "varlen", "key_ranges", "lse")
+HEADDIMS = (64, 128, 256)
+VECTOR = 8  # elements of 16 bytes, which the copy engine wants strides to be multiples of
+_cuda = cuda.load()
+
+
+@functools.cache
+def _other_chips() -> list[str]:
+    """The GPUs that are no Hopper."""
+    if cuda.EMULATED:
+        return []
+    capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())]
+    return sorted({f"sm_{major}{minor}" for major, minor in capabilities if major != 9})
+
+
+def unsupported(call: AttentionCall) -> list[str]:
+    reasons = cuda.refusals(call.device, call.dtype, call.features, FEATURES)
+    if call.dtype == torch.float32:
+        reasons.append("dtype torch.float32 is not of 16 bits")
+    if call.headdim not in HEADDIMS or call.headdim_v != call.headdim:
+        dims = f"{call.headdim}" + (f"/{call.headdim_v}" if call.headdim_v != call.headdim else "")
+        reasons.append(f"headdim {dims} is not 64, 128 or 256")
+    if chips := _other_chips():
+        reasons.append(f"the kernel is for sm_90, and there is {' and '.join(chips)}")
+    return reasons
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor or, where the copy engine cannot read it, a copy."""
+    taken = t.data_ptr() % 16 == 0 and all(
+        size == 1 or (stride > 0 and stride % VECTOR == 0)
+        for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True)
+    )
+    return t if taken else t.clone(memory_format=torch.contiguous_format)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors
+) -> tuple[Tensor, Tensor]:
+    *lead, seqlen, nheads, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(*lead, nheads, seqlen, dtype=torch.float32)
+    edges = tensors.cu_seqlens_q
+    _cuda.attention_forward(
+        cuda.queue(q),
+        cuda.multiprocessors(q.device),
+        _aligned(q),
+        _aligned(k),
+        _aligned(v),
+        out,
+        lse,
+        _contiguous(edges),
+        _contiguous(tensors.cu_seqlens_k),
+        _contiguous(tensors.seqused_k),
+        _contiguous(tensors.leftpad_k),
+        q.shape[0] if edges is None else edges.shape[0] - 1,
+        spec.softmax_scale,
+        spec.window_left,
+        spec.window_right,
+    )
+    return out, lse
