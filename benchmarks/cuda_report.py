@@ -2,8 +2,9 @@
 
     python benchmarks/cuda_report.py --output benchmarks/results/cuda-compile-report.md
 
-Reads the machine code in fastgpt._cuda; no GPU is needed. Exits with 1 if a kernel spills, or if the module
-has none for a chip of CHIPS, with 2 if there is nothing to read. Shared memory is what a kernel has beside
+Reads the machine code in fastgpt._cuda; no GPU is needed. Exits with 1 if a kernel spills, one of Hopper's
+does without its matrix units (HGMMA) or copy engine (UTMALDG), or the module has none for a chip of CHIPS,
+with 2 if there is nothing to read. Shared memory is what a kernel has beside
 the dynamic one that its launch asks for.
 """
 
@@ -18,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-CHIPS = ("sm_80", "sm_90")
+CHIPS = ("sm_80", "sm_90", "sm_90a")
+HOPPER = ("HGMMA", "UTMALDG")
 
 
 class Row(NamedTuple):
@@ -29,6 +31,7 @@ class Row(NamedTuple):
     registers: int
     spilled: int  # bytes
     shared: int  # bytes
+    instructions: str  # that only Hopper has
 
 
 def find_cuobjdump() -> str | None:
@@ -46,25 +49,46 @@ def _short(kernel: str) -> str:
     return re.sub(r"fastgpt::|\(anonymous namespace\)::|^void ", "", kernel).partition("(")[0]
 
 
+def _unmangled(text: str) -> list[str]:
+    named = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
+    return named.stdout.splitlines()
+
+
 def rows(cuobjdump: str, module: str) -> list[Row]:
     usage = subprocess.run(
         [cuobjdump, "-res-usage", module], capture_output=True, text=True, check=True
     ).stdout
-    named = subprocess.run(["c++filt"], input=usage, capture_output=True, text=True, check=True).stdout
+    own = subprocess.run(
+        [cuobjdump, "-sass", "-arch", "sm_90a", module], capture_output=True, text=True, check=True
+    ).stdout
+    hopper: dict[str, dict[str, int]] = {}
+    for line in _unmangled(own):
+        if match := re.match(r"\s*Function : (.*)", line):
+            counted = hopper.setdefault(_short(match[1]), dict.fromkeys(HOPPER, 0))
+        for name in HOPPER:
+            if re.search(rf"\b{name}\b", line):
+                counted[name] += 1
     found, chip, kernel = [], "", ""
-    for line in named.splitlines():
+    for line in _unmangled(usage):
         if match := re.match(r"arch = (\w+)", line):
             chip = match[1]
         elif match := re.match(r"\s*Function (.*):$", line):
             kernel = _short(match[1])
         elif "REG:" in line:
             n = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-            found.append(Row(chip, kernel, n["REG"], n["STACK"] + n["LOCAL"], n["SHARED"]))
+            used = hopper[kernel] if chip == "sm_90a" else {}
+            text = ", ".join(f"{count} {name}" for name, count in used.items())
+            found.append(Row(chip, kernel, n["REG"], n["STACK"] + n["LOCAL"], n["SHARED"], text))
     return sorted(found)
 
 
 def faults(table: list[Row]) -> list[str]:
     missing = [f"no kernel for {chip}" for chip in CHIPS if chip not in {row.chip for row in table}]
+    missing += [
+        f"{row.chip} {row.kernel} has {row.instructions}"
+        for row in table
+        if row.chip == "sm_90a" and re.search(r"\b0 ", row.instructions)
+    ]
     return missing + [f"{row.chip} {row.kernel} spills {row.spilled} bytes" for row in table if row.spilled]
 
 

@@ -1,8 +1,8 @@
 // Copies from global to shared memory that a thread does not wait for (sm_80: cp.async).
 //
-// A thread's copies belong to groups: those between two commits. Emulated, a copy is done when its thread waits
-// for its group, and its bytes are NaN until then: who forgets to wait, or to meet those who have waited, reads
-// NaN.
+// A thread's copies belong to groups: those between two commits. Emulated, a copy is done when its thread
+// waits for its group, and its bytes are NaN until then: who forgets to wait, or to meet those who have
+// waited, reads NaN.
 #pragma once
 
 #include "device.h"

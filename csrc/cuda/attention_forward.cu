@@ -145,6 +145,7 @@ struct Loader {
     if (!leads) return;
     barrier_arrive_expecting(&s.q_full, kQueries * kRowBytes);
     int row = static_cast<int>(p.first_query_row(w.b)) + w.query, b = p.packed ? 0 : w.b;
+#pragma unroll 1  // a loader has few registers
     for (int t = 0; t < D / kTileColumns; t++)
       copy_tile(s.q.tiles[t], &p.q_map, &s.q_full, t * kTileColumns, row, w.h, b);
   }
@@ -153,6 +154,7 @@ struct Loader {
                                             Barrier* barrier, const Work& w, int n) {
     int row = static_cast<int>(p.first_key_row(w.b)) + n * kKeys<D>, b = p.cu_seqlens_k ? 0 : w.b;
     int head = w.h / static_cast<int>(p.nheads / p.nheads_k);
+#pragma unroll 1  // a loader has few registers
     for (int t = 0; t < D / kTileColumns; t++)
       copy_tile(to.tiles[t], map, barrier, t * kTileColumns, row, head, b);
   }
@@ -179,6 +181,7 @@ struct Loader {
     if (cleared) {
       barrier_wait(&s.v_landed, landed);
       landed ^= 1;
+#pragma unroll 1
       for (int t = 0; t < D / kTileColumns; t++)
         for (int at = valid * 8 + static_cast<int>(threadIdx.x); at < kKeys<D> * 8; at += 32)
           reinterpret_cast<uint4*>(s.v[v.stage].tiles[t])[at] = uint4{0, 0, 0, 0};
@@ -246,7 +249,6 @@ struct Computer {
   float o[D / 2];
   float m[2], l[2];  // the rows' maxima of scores, and this thread's part of the sums
   uint32_t probabilities[N / 16][4];
-  int begin[2], end[2];  // the keys that the rows see
 
   __device__ __forceinline__ int row() const { return 64 * group + 16 * warp + lane / 4; }
 
@@ -275,7 +277,15 @@ struct Computer {
     if (lane == 0) barrier_arrive(barrier);
   }
 
-  __device__ __forceinline__ void mask(float (&scores)[N / 2], int n) {
+  // At edges alone: what it takes is computed anew there, and not kept in registers between.
+  __device__ __forceinline__ void mask(const Work& w, float (&scores)[N / 2], int n) {
+    Mask of(w.queries, w.keys, p.window_left, p.window_right);
+    int begin[2], end[2];  // the keys that the rows see
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      begin[r] = static_cast<int>(of.begin(w.query + row() + 8 * r));
+      end[r] = static_cast<int>(of.end(w.query + row() + 8 * r));
+    }
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
       int key = n * N + i / 4 * 8 + lane % 4 * 2 + i % 2, r = i % 4 / 2;
@@ -328,13 +338,6 @@ struct Computer {
   }
 
   __device__ __forceinline__ void attend(const Work& w) {
-    Mask mask_of(w.queries, w.keys, p.window_left, p.window_right);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      int query = w.query + row() + 8 * r;
-      begin[r] = static_cast<int>(mask_of.begin(query));
-      end[r] = static_cast<int>(mask_of.end(query));
-    }
     float scores[N / 2], alpha[2], factor;
     barrier_wait(&s.q_full, q_parity);
     q_parity ^= 1;
@@ -347,7 +350,7 @@ struct Computer {
     k.next();
     factor = scale(scores);
     int n = w.end - 1;
-    if (n >= w.full_end || n < w.full) mask(scores, n);
+    if (n >= w.full_end || n < w.full) mask(w, scores, n);
     softmax(scores, factor, alpha);
     round_probabilities(scores);
 
@@ -363,7 +366,7 @@ struct Computer {
       release(&s.k_empty[k.stage]);
       k.next();
       factor = scale(scores);
-      if (n >= w.full_end || n < w.full) mask(scores, n);
+      if (n >= w.full_end || n < w.full) mask(w, scores, n);
       softmax(scores, factor, alpha);
       product_wait<0>();
       product_settled(o);
@@ -436,6 +439,8 @@ struct Computer {
   __device__ __forceinline__ void run() {
     if (group == kWarpgroups - 1) named_barrier_arrive(kTurn, 256);  // the first turn is the first one's
     for (int tile = static_cast<int>(blockIdx.x); tile < p.tiles; tile += static_cast<int>(gridDim.x)) {
+      forget(warp);  // else what depends on them is kept for all tiles, in registers that are not there
+      forget(lane);
       Work w = work<D>(p, tile);
 #pragma unroll
       for (int i = 0; i < D / 2; i++) o[i] = 0.0f;

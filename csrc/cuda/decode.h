@@ -48,8 +48,8 @@ struct DeviceDecode {
   }
 };
 
-// Into how many parts the keys of such a call are cut: num_splits, but for parts without keys; where that is 0,
-// as many as keep the GPU busy. It depends on shapes alone, and with num_splits not on the batch.
+// Into how many parts the keys of such a call are cut: num_splits, but for parts without keys; where that is
+// 0, as many as keep the GPU busy. It depends on shapes alone, and with num_splits not on the batch.
 int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multiprocessors);
 
 void decode(DeviceDecode p, const Queue& queue);

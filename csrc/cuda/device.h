@@ -50,6 +50,13 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 #endif
 
+// The compiler computes anew what depends on x, which is as it was.
+__device__ __forceinline__ void forget(int& x) {
+#ifndef FASTGPT_EMULATE
+  asm volatile("" : "+r"(x));
+#endif
+}
+
 // Storage types: fp32 is float.
 struct f16 {
   uint16_t bits;
