@@ -39,7 +39,7 @@ test: $(VENV)/.stamp-dev
 		-k "cuda or test_emulator" $(CUDA_TESTS)
 
 # Of ops that have CUDA kernels.
-CUDA_TESTS := tests/test_emulator.py tests/test_norm.py tests/test_decode.py
+CUDA_TESTS := tests/test_emulator.py tests/test_norm.py tests/test_decode.py tests/test_decode_cuda.py
 
 # 600 random specifications of each op against `reference`: what ran is in the statistics.
 nightly: $(VENV)/.stamp-dev

@@ -2,31 +2,32 @@
 //
 //   s = softcap(softmax_scale q k) - slope |i + sk - sq - j|,  out = softmax(s) v,  lse = log sum exp(s)
 //
-// q, out (batch, seqlen_q, nheads, dim) in fp32, bf16 or fp16; the caches (batch, capacity, nheads_k, dim), or
-// paged, in q's type, int8 or fp8-e4m3; k_new, v_new (batch, seqlen_new, nheads_k, dim) in q's type; any strides,
-// the last one 1. headdim and headdim_v up to 256. Products of 16-bit q are those of mma.sync, with p rounded to
-// q's type, those of fp32 are fp32's; they accumulate in fp32, and softmax, lse and the parts' results are fp32.
+// q, out (batch, seqlen_q, nheads, dim) in fp32, bf16 or fp16; the caches (batch, capacity, nheads_k, dim),
+// or paged, in q's type, int8 or fp8-e4m3; k_new, v_new (batch, seqlen_new, nheads_k, dim) in q's type; any
+// strides, the last one 1. headdim and headdim_v up to 256. Products of 16-bit q are those of mma.sync, with
+// p rounded to q's type, those of fp32 are fp32's; they accumulate in fp32, and softmax, lse and the parts'
+// results are fp32.
 //
-// A block owns one part of the keys of one head of k of one sequence, for 16 rows. A row is one query of one head;
-// all heads of a group share their keys, so row r is query r / group of head r % group of the group. Parts are of
-// equal size, cut from the keys that the sequence has, a number which is read on the GPU: the grid depends on
-// shapes alone. The block's warps take tiles of keys in turn, each with softmax state (m, l, acc), pipeline and
-// shared memory of its own, and meet at the end. Where there are several parts, a second kernel merges them.
-// Both add up in a fixed order, without atomics: the same bits every time, in any batch.
+// A block owns one part of the keys of one head of k of one sequence, for 16 rows. A row is one query of one
+// head; all heads of a group share their keys, so row r is query r / group of head r % group of the group.
+// Parts are of equal size, cut from the keys that the sequence has, a number which is read on the GPU: the
+// grid depends on shapes alone. The block's warps take tiles of keys in turn, each with softmax state (m, l,
+// acc), pipeline and shared memory of its own, and meet at the end. Where there are several parts, a second
+// kernel merges them. Both add up in a fixed order, without atomics: the same bits every time, in any batch.
 //
-// What bounds this is memory: a warp has kStages tiles of k and of v of which all but a half of one are always
-// under way (cp.async, 16 bytes a copy), 48 KiB of a block, of which two or three are on a multiprocessor. Rows
-// are swizzled, so that neither copies nor ldmatrix have bank conflicts. Caches whose rows are not aligned to 16
-// bytes are read element by element.
+// What bounds this is memory: a warp has kStages tiles of k and of v of which all but a half of one are
+// always under way (cp.async, 16 bytes a copy), 48 KiB of a block, of which two or three are on a
+// multiprocessor. Rows are swizzled, so that neither copies nor ldmatrix have bank conflicts. Caches whose
+// rows are not whole chunks of 16 bytes, aligned to that, are read element by element.
 //
-// New keys are rotated (Su et al. 2021, arXiv:2104.09864), quantised and appended here as well: a launch for them
-// would take as long as a short cache. No block reads from a cache what another writes. All take the keys that
-// were there from the caches and the new ones, as they are to be stored, from k_new and v_new; of the blocks of
-// the part that has them, that of the first rows writes them, whether its rows see them or not.
+// New keys are rotated (Su et al. 2021, arXiv:2104.09864), quantised and appended here as well: a launch for
+// them would take as long as a short cache. No block reads from a cache what another writes. All take the
+// keys that were there from the caches and the new ones, as they are to be stored, from k_new and v_new; of
+// the blocks of the part that has them, that of the first rows writes them, whether its rows see them or not.
 //
-// Lengths are not checked on a GPU. Negative ones are 0; new keys that have no place in the cache or no row in
-// the rotary tables are left out, and queries without such a row give NaN. A row that sees no key: out = 0,
-// lse = -inf. Held by tests/test_decode.py.
+// Lengths are not checked on a GPU. Negative ones are 0; new keys that have no place in the cache or no row
+// in the rotary tables are left out, and queries without such a row give NaN. A row that sees no key: out =
+// 0, lse = -inf. Held by tests/test_decode.py.
 #include "decode.h"
 
 #include <cmath>
@@ -48,10 +49,10 @@ struct e4m3 {
   uint8_t bits;
 };
 
-constexpr int kRows = 16;      // of a block: those of mma.sync
+constexpr int kRows = 16;         // of a block: those of mma.sync
 constexpr int kMostResident = 3;  // blocks of a multiprocessor: registers are left for
-constexpr int kResident = 2;   // blocks of a multiprocessor that num_splits = 0 provides for
-constexpr int kLeastTiles = 2;  // of a warp in a part of num_splits = 0
+constexpr int kResident = 2;      // blocks of a multiprocessor that num_splits = 0 provides for
+constexpr int kLeastTiles = 2;    // of a warp in a part of num_splits = 0
 constexpr int kPipelineBytes = 64 << 10;
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = INFINITY;
 
@@ -65,11 +66,12 @@ struct Shape {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kMostTileBytes = kPipelineBytes / kWarps / 4;
   static constexpr int kRowBytes = kDim * sizeof(C);
-  static constexpr int kKeys = kMostTileBytes / kRowBytes < 32 ? kMostTileBytes / kRowBytes : 32;  // of a tile
+  static constexpr int kKeys =
+      kMostTileBytes / kRowBytes < 32 ? kMostTileBytes / kRowBytes : 32;  // of a tile
   static constexpr int kTileBytes = kKeys * kRowBytes;
   static constexpr int kStages = kPipelineBytes / (2 * kWarps * kTileBytes);
-  static constexpr int kChunks = kRowBytes / 16;      // of a row
-  static constexpr int kPerChunk = 16 / sizeof(C);    // elements
+  static constexpr int kChunks = kRowBytes / 16;    // of a row
+  static constexpr int kPerChunk = 16 / sizeof(C);  // elements
   static constexpr int kQueryChunks = kDim * sizeof(Q) / 16;
   static constexpr int kQueryBytes = kRows * kDim * sizeof(Q);
   static constexpr bool kMma = sizeof(Q) == 2;
@@ -83,8 +85,8 @@ FASTGPT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGPT_HD int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTGPT_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// x, of which the compiler does not know that it is x: addresses that depend on it are computed where they are
-// used, and not ahead of a loop, into more registers than there are.
+// x, of which the compiler does not know that it is x: addresses that depend on it are computed where they
+// are used, and not ahead of a loop, into more registers than there are.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -141,7 +143,8 @@ __device__ __forceinline__ uint32_t stored(float x, float descale) {
   }
 }
 
-// Two numbers of a quantised cache, in the lowest bytes of each half of `pair`, in T, which holds all of them.
+// Two numbers of a quantised cache, in the lowest bytes of each half of `pair`, in T, which holds all of
+// them.
 template <class T, class Cache>
 __device__ __forceinline__ uint32_t dequantised(uint32_t pair) {
   constexpr bool kBf16 = dtype_of<T> == DType::bf16;
@@ -158,9 +161,7 @@ __device__ __forceinline__ uint32_t dequantised(uint32_t pair) {
   }
 }
 
-__device__ __forceinline__ float dequantised(s8 x) {
-  return static_cast<float>(static_cast<int8_t>(x.bits));
-}
+__device__ __forceinline__ float dequantised(s8 x) { return static_cast<float>(static_cast<int8_t>(x.bits)); }
 __device__ __forceinline__ float dequantised(e4m3 x) {
   uint32_t magnitude = x.bits & 0x7fu;
   float y = __uint_as_float((x.bits & 0x80u) << 24 | magnitude << 20) * 0x1p120f;
@@ -201,8 +202,17 @@ struct Block {
   }
 };
 
-// Where the keys of a sequence are, and which of them its queries see. Keys and rows are numbered in 32 bits, as
-// cache_seqlens are.
+// A page, or sequence, and a row there.
+struct Place {
+  int page, row;
+
+  __device__ __forceinline__ int64_t offset(const Tensor& cache) const {
+    return page * cache.batch_stride + row * cache.seq_stride;
+  }
+};
+
+// Where the keys of a sequence are, and which of them its queries see. Keys and rows are numbered in 32 bits,
+// as cache_seqlens are.
 struct Sequence {
   int pad, cached;  // rows before the first key, keys before the append
   int index;        // in the caches, without pages
@@ -224,16 +234,17 @@ struct Sequence {
     mask = Mask(p.seqlen_q, cached + p.seqlen_new, p.window_left, p.window_right);
     mask.seqlen_k = least(mask.seqlen_k, largest(room - padding, 0));
   }
-  __device__ __forceinline__ int page_of(int j) const { return table ? __ldg(table + (pad + j) / page_size) : index; }
-  // Of key j in a cache with these strides; `page` is page_of(j).
-  __device__ __forceinline__ int64_t at(int page, int j, const Tensor& cache) const {
-    int row = table ? (pad + j) % page_size : pad + j;
-    return page * cache.batch_stride + row * cache.seq_stride;
+  // Where key j is in the caches.
+  __device__ __forceinline__ Place place_of(int j) const {
+    int row = pad + j;
+    if (!table) return {index, row};
+    int block = row / page_size;
+    return {__ldg(table + block), row - block * page_size};
   }
 };
 
-// Element `column` of a row of q, k_new or, with rotary_dim 0, v_new, rotated as at `position`, rounded to T: NaN
-// where the tables have no row for it. Each step is rounded, as it is where this is defined.
+// Element `column` of a row of q, k_new or, with rotary_dim 0, v_new, rotated as at `position`, rounded to T:
+// NaN where the tables have no row for it. Each step is rounded, as it is where this is defined.
 template <class T>
 __device__ __forceinline__ float rotated(const DeviceDecode& p, int rotary_dim, const T* row, int column,
                                          int64_t position) {
@@ -264,40 +275,33 @@ __device__ __forceinline__ float rotated(const DeviceDecode& p, int rotary_dim, 
   return to_float(from_float<T>(__fadd_rn(__fmul_rn(x, cos), first ? -turned : turned)));
 }
 
-// Elements of a row that products read: the others of kDim are left out, too.
-__device__ __forceinline__ int padded(int dim) { return (dim + 31) / 32 * 32; }
-
-// Begins to copy `keys` rows of a cache, `dim` wide, into a tile; the rest of it is 0. `at` is where, from
-// `base` on, row lane % kKeys is.
+// Begins to copy `keys` rows of a cache, `dim` wide, into a tile; the others become 0. Chunks beyond dim stay
+// as they are. `key` is where row lane % kKeys is, or any other row for what is not copied.
 template <class S>
-__device__ __forceinline__ void copy_tile(unsigned char* tile, const typename S::Cache* base, int64_t at, int keys, int dim,
-                                          bool vectors, int lane) {
+__device__ __forceinline__ void copy_tile(unsigned char* tile, const typename S::Cache* key, int keys,
+                                          int dim, bool vectors, int lane) {
   typedef typename S::Cache Cache;
-  int chunks = padded(dim) / S::kPerChunk;
+  constexpr int kNeighbours = S::kChunks < 32 ? S::kChunks : 32, kSteps = S::kKeys * S::kChunks / 32;
+  int own_row = lane / kNeighbours, own_column = lane % kNeighbours * S::kPerChunk;
   auto each = [&](int step, auto copy) {
-    int i = step * 32 + lane, row = i / S::kChunks, chunk = i % S::kChunks;
-    int64_t row_at = __shfl_sync(kAllLanes, at, row);
-    if (chunk >= chunks) return;
-    int elements = row < keys ? dim - chunk * S::kPerChunk : 0;
-    elements = elements < 0 ? 0 : elements > S::kPerChunk ? S::kPerChunk : elements;
-    const Cache* from = elements ? base + row_at + chunk * S::kPerChunk : base;
-    copy(tile + place_of<S::kChunks>(row, chunk), from, elements);
+    int row = step * 32 / S::kChunks + own_row;
+    int column = step * 32 % S::kChunks * S::kPerChunk + own_column;
+    auto from = reinterpret_cast<const Cache*>(__shfl_sync(kAllLanes, reinterpret_cast<int64_t>(key), row));
+    if (column < dim)
+      copy(tile + place_of<S::kChunks>(row, column / S::kPerChunk), from + column, column, row < keys);
   };
-  constexpr int kSteps = S::kKeys * S::kChunks / 32;
   if (vectors) {
 #pragma unroll
     for (int step = 0; step < kSteps; step++)
-      each(step, [](unsigned char* to, const Cache* from, int elements) {
-        copy_async(to, from, elements * static_cast<int>(sizeof(Cache)));
-      });
+      each(step, [](unsigned char* to, const Cache* from, int, bool read) { copy_async(to, from, read); });
   } else {
 #pragma unroll 1
     for (int step = 0; step < kSteps; step++)
-      each(step, [](unsigned char* to, const Cache* from, int elements) {
+      each(step, [dim](unsigned char* to, const Cache* from, int column, bool read) {
         Words<Cache, S::kPerChunk> chunk;
 #pragma unroll
         for (int e = 0; e < S::kPerChunk; e++)
-          if (e < elements) chunk.set(e, bits_of(from[e]));
+          if (read && column + e < dim) chunk.set(e, bits_of(from[e]));
         *reinterpret_cast<uint4*>(to) = {chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]};
       });
   }
@@ -306,20 +310,21 @@ __device__ __forceinline__ void copy_tile(unsigned char* tile, const typename S:
 // Puts new keys first, first + 1, ... up to `end`, or their values, into a tile as the cache is to hold them,
 // and, if this block `writes`, into the cache. `from` and `cache` are the head's.
 template <class S>
-__device__ __forceinline__ void append_tile(const DeviceDecode& p, const Sequence& sequence, unsigned char* tile,
-                                            const typename S::Query* from, const Tensor& from_tensor,
-                                            typename S::Cache* cache, const Tensor& cache_tensor, int first, int end,
-                                            int dim, int rotary_dim, float descale, bool writes, int lane) {
+__device__ __forceinline__ void append_tile(const DeviceDecode& p, const Sequence& sequence,
+                                            unsigned char* tile, const typename S::Query* from,
+                                            const Tensor& from_tensor, typename S::Cache* cache,
+                                            const Tensor& cache_tensor, int first, int end, int dim,
+                                            int rotary_dim, float descale, bool writes, int lane) {
   typedef typename S::Cache Cache;
   constexpr int kPerWord = 4 / sizeof(Cache);
-  int words = padded(dim) / kPerWord;
+  int words = (dim + kPerWord - 1) / kPerWord;
 #pragma unroll 1
-  for (int i = lane; i < S::kKeys * words; i += 32) {
+  for (int i = lane; i < S::kKeys * words; i += 32) {  // chunks beyond dim stay 0
     int row = i / words, column = i % words * kPerWord, j = first + row;
     uint32_t word = 0;
-    if (j < end && column < dim) {
+    if (j < end) {
       const typename S::Query* source = from + (j - sequence.cached) * from_tensor.seq_stride;
-      Cache* to = cache + sequence.at(sequence.page_of(j), j, cache_tensor);
+      Cache* to = cache + sequence.place_of(j).offset(cache_tensor);
 #pragma unroll
       for (int e = 0; e < kPerWord; e++) {
         if (column + e >= dim) continue;
@@ -334,19 +339,20 @@ __device__ __forceinline__ void append_tile(const DeviceDecode& p, const Sequenc
   }
 }
 
-// The block's rows of q, rotated. For products with 8-bit keys, the elements of each 16 are in the order in which
-// ldmatrix, that takes 16-bit ones, hands the keys' to the lanes: 4 t, ..., 4 t + 3 to those with in_group t.
+// The block's rows of q, rotated. For products with 8-bit keys, the elements of each 16 are in the order in
+// which ldmatrix, that takes 16-bit ones, hands the keys' to the lanes: 4 t, ..., 4 t + 3 to those with
+// in_group t.
 template <class S>
-__device__ __forceinline__ void load_queries(const DeviceDecode& p, const Sequence& sequence, unsigned char* to,
-                                             const typename S::Query* q, const Block& block) {
+__device__ __forceinline__ void load_queries(const DeviceDecode& p, const Sequence& sequence,
+                                             unsigned char* to, const typename S::Query* q,
+                                             const Block& block) {
   typedef typename S::Query Query;
   constexpr int kPerChunk = 16 / sizeof(Query);
-  int dim = static_cast<int>(p.headdim), width = padded(dim);
+  int dim = static_cast<int>(p.headdim);
   bool step = p.window_left >= 0 || p.window_right >= 0;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < kRows * S::kWidth; i += S::kThreads) {
     int r = i / S::kWidth, column = i % S::kWidth;
-    if (column >= width) continue;
     int row = block.first_row + r, query = row / block.group;
     float x = 0.0f;
     if (row < block.rows && column < dim) {
@@ -363,12 +369,12 @@ __device__ __forceinline__ void load_queries(const DeviceDecode& p, const Sequen
   }
 }
 
-// A lane has rows `group` and group + 8 of s and acc, as mma.sync has it: s[n][2 h + e] is row group + 8 h and
-// key 8 n + 2 in_group + e.
+// A lane has rows `group` and group + 8 of s and acc, as mma.sync has it: s[n][2 h + e] is row group + 8 h
+// and key 8 n + 2 in_group + e.
 
 // s = q k of a tile.
 template <class S>
-__device__ __forceinline__ void multiply_keys(const unsigned char* q, const unsigned char* k, int dim, int lane,
+__device__ __forceinline__ void multiply_keys(const unsigned char* q, const unsigned char* k, int lane,
                                               float (&s)[S::kKeys / 8][4]) {
 #pragma unroll
   for (int n = 0; n < S::kKeys / 8; n++)
@@ -377,11 +383,12 @@ __device__ __forceinline__ void multiply_keys(const unsigned char* q, const unsi
   if constexpr (!S::kMma) {
     int group = lane / 4, in_group = lane % 4;
 #pragma unroll 1
-    for (int column = 0; column < dim; column += 4) {
+    for (int column = 0; column < S::kWidth; column += 4) {
       float rows[2][4], key[4];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float4 four = *reinterpret_cast<const float4*>(q + place_of<S::kQueryChunks>(group + 8 * h, column / 4));
+        float4 four =
+            *reinterpret_cast<const float4*>(q + place_of<S::kQueryChunks>(group + 8 * h, column / 4));
         rows[h][0] = four.x, rows[h][1] = four.y, rows[h][2] = four.z, rows[h][3] = four.w;
       }
 #pragma unroll
@@ -400,13 +407,13 @@ __device__ __forceinline__ void multiply_keys(const unsigned char* q, const unsi
     typedef typename S::Query Query;
 #pragma unroll
     for (int step = 0; step < S::kWidth / 16; step++) {
-      if (step * 16 >= dim) break;
       uint32_t a[4], b[4];
       load_matrices(a, q + place_of<S::kQueryChunks>(lane & 15, 2 * step + (lane >> 4)));
       if constexpr (sizeof(typename S::Cache) == 2) {
 #pragma unroll
         for (int n = 0; n < S::kKeys / 8; n += 2) {
-          load_matrices(b, k + place_of<S::kChunks>(8 * n + (lane >> 4) * 8 + (lane & 7), 2 * step + (lane >> 3 & 1)));
+          load_matrices(
+              b, k + place_of<S::kChunks>(8 * n + (lane >> 4) * 8 + (lane & 7), 2 * step + (lane >> 3 & 1)));
           multiply_add<Query>(s[n], a, b[0], b[1]);
           multiply_add<Query>(s[n + 1], a, b[2], b[3]);
         }
@@ -435,7 +442,7 @@ __device__ __forceinline__ int column_of(int n, int e, int in_group) {
 
 // acc += p v of a tile. `probs` is the warp's memory for p, without mma.sync.
 template <class S>
-__device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4], const unsigned char* v, int dim,
+__device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4], const unsigned char* v,
                                                 float* probs, int lane, float (&acc)[S::kWidth / 8][4]) {
   if constexpr (!S::kMma) {
     int group = lane / 4, in_group = lane % 4;
@@ -445,12 +452,11 @@ __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4
       for (int e = 0; e < 4; e++)
         probs[(group + e / 2 * 8) * S::kKeys + 8 * n + 2 * in_group + e % 2] = p[n][e];
     __syncwarp();
-#pragma unroll 2
+#pragma unroll 1
     for (int key = 0; key < S::kKeys; key++) {
       float first = probs[group * S::kKeys + key], second = probs[(group + 8) * S::kKeys + key];
 #pragma unroll
       for (int n = 0; n < S::kWidth / 8; n += 2) {
-        if (n * 8 >= dim) break;
         float x[4];
         load_four<S>(v, key, n * 8 + 4 * in_group, x);
 #pragma unroll
@@ -464,14 +470,13 @@ __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4
     typedef typename S::Query Query;
 #pragma unroll
     for (int step = 0; step < S::kKeys / 16; step++) {
-      const float(&left)[4] = p[2 * step], (&right)[4] = p[2 * step + 1];
+      const float (&left)[4] = p[2 * step], (&right)[4] = p[2 * step + 1];
       uint32_t a[4] = {pack_pair<Query>(left[0], left[1]), pack_pair<Query>(left[2], left[3]),
                        pack_pair<Query>(right[0], right[1]), pack_pair<Query>(right[2], right[3])};
       int row = step * 16 + (lane & 15);
       if constexpr (sizeof(typename S::Cache) == 2) {
 #pragma unroll
         for (int n = 0; n < S::kWidth / 8; n += 2) {
-          if (n * 8 >= dim) break;
           uint32_t b[4];
           load_transposed(b, v + place_of<S::kChunks>(row, n + (lane >> 4)));
           multiply_add<Query>(acc[n], a, b[0], b[1]);
@@ -481,15 +486,14 @@ __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4
         // An element that ldmatrix transposes is two columns: even ones go to acc[n], odd ones to acc[n + 1].
 #pragma unroll
         for (int n = 0; n < S::kWidth / 8; n += 4) {
-          if (n * 8 >= dim) break;
           uint32_t b[4];
           load_transposed(b, v + place_of<S::kChunks>(row, n / 2 + (lane >> 4)));
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             int shift = i % 2 * 8;
-            multiply_add<Query>(acc[n + i], a,
-                                dequantised<Query, typename S::Cache>(b[i / 2 * 2] >> shift & 0x00ff00ff),
-                                dequantised<Query, typename S::Cache>(b[i / 2 * 2 + 1] >> shift & 0x00ff00ff));
+            multiply_add<Query>(
+                acc[n + i], a, dequantised<Query, typename S::Cache>(b[i / 2 * 2] >> shift & 0x00ff00ff),
+                dequantised<Query, typename S::Cache>(b[i / 2 * 2 + 1] >> shift & 0x00ff00ff));
           }
         }
       }
@@ -511,11 +515,11 @@ struct Rows {
   int begin[2], end[2], diagonal[2];  // of the keys that a row sees; i + sk - sq
   float m[2], l[2];
 
-  // Scores of a tile whose first key is `first`, of a range that ends at key `last_end`, become 2^(s - m); the
-  // results are what acc is to be multiplied by (online softmax, Milakov & Gimelshein 2018).
+  // Scores of a tile whose first key is `first`, of a range that ends at key `last_end`, become 2^(s - m);
+  // the results are what acc is to be multiplied by (online softmax, Milakov & Gimelshein 2018).
   template <int kBlocks>
-  __device__ __forceinline__ void softmax(float (&s)[kBlocks][4], bool alibi, int first, int last_end, int in_group,
-                                          float (&alpha)[2]) {
+  __device__ __forceinline__ void softmax(float (&s)[kBlocks][4], bool alibi, int first, int last_end,
+                                          int in_group, float (&alpha)[2]) {
 #pragma unroll
     for (int n = 0; n < kBlocks; n++)
 #pragma unroll
@@ -567,8 +571,8 @@ struct Rows {
   }
 };
 
-// out and lse, or those of a part, of the rows whose states the warps have left in shared memory: out in base-2
-// softmax with largest score m, sum l and sum of values acc.
+// out and lse, or those of a part, of the rows whose states the warps have left in shared memory: out in
+// base-2 softmax with largest score m, sum l and sum of values acc.
 template <class S>
 __device__ __forceinline__ void store_rows(const DeviceDecode& p, const Block& block) {
   float* acc = shared_memory<float>();
@@ -612,7 +616,8 @@ __device__ __forceinline__ void store_rows(const DeviceDecode& p, const Block& b
 #pragma unroll
     for (int w = 0; w < S::kWarps; w++)
       x += acc[(w * kRows + r) * S::kWidth + column] * weights[r * S::kWarps + w];
-    int64_t at = (((block.b * p.seqlen_q + query) * p.nheads + head) * p.parts + block.part) * p.headdim_v + column;
+    int64_t at =
+        (((block.b * p.seqlen_q + query) * p.nheads + head) * p.parts + block.part) * p.headdim_v + column;
     if (p.parts > 1)
       p.part_out[at] = x;
     else
@@ -621,12 +626,15 @@ __device__ __forceinline__ void store_rows(const DeviceDecode& p, const Block& b
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(const __grid_constant__ DeviceDecode p) {
+__global__ void __launch_bounds__(S::kThreads, kMostResident)
+    decode_kernel(const __grid_constant__ DeviceDecode p) {
   typedef typename S::Query Query;
   typedef typename S::Cache Cache;
   unsigned char* shared = shared_memory<unsigned char>();
   unsigned char* shared_q = shared + kPipelineBytes;
-  int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int lane = static_cast<int>(threadIdx.x) % 32;
+  int warp =
+      __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);  // the same for all, to the compiler
   int in_group = lane % 4;
   unsigned char* tiles = shared + warp * (2 * S::kStages * S::kTileBytes);
   float* probs = reinterpret_cast<float*>(shared_q + S::kQueryBytes) + warp * kRows * S::kKeys;
@@ -652,7 +660,8 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(cons
     int row = block.first_row + static_cast<int>(threadIdx.x);
     int64_t head = int64_t{block.head_k} * block.group + row % block.group;
     if (threadIdx.x < kRows && row < block.rows)
-      p.part_lse[((b * p.nheads + head) * p.seqlen_q + row / block.group) * p.parts + block.part] = -kInfinity;
+      p.part_lse[((b * p.nheads + head) * p.seqlen_q + row / block.group) * p.parts + block.part] =
+          -kInfinity;
     return;
   }
   // Of these, what the block's rows see.
@@ -671,20 +680,29 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(cons
   };
 
   int dim = static_cast<int>(p.headdim), dim_v = static_cast<int>(p.headdim_v);
-  // Of tile `next`, that is copied next: this lane's key, and its page, loaded a tile ahead.
-  int next = warp, next_key = 0, page = 0;
+  // Of tile `next`, that is copied next, this lane's key: found a tile ahead, as a block table takes time to
+  // read.
+  int next = warp;
+  Place place{};
   auto find = [&] {
     if (next >= cached_tiles) return;
-    next_key = first_of(next) + lane % S::kKeys;
-    if (next_key >= cached_end) next_key = cached_end - 1;
-    page = sequence.page_of(next_key);
+    int key = first_of(next) + lane % S::kKeys;
+    place = sequence.place_of(key < cached_end ? key : cached_end - 1);
   };
   auto copy = [&](unsigned char* tile, const Tensor& cache, int width) {
     if (next < cached_tiles)
-      copy_tile<S>(tile, static_cast<const Cache*>(cache.data) + head_k * cache.head_stride,
-                   sequence.at(page, next_key, cache), cached_end - first_of(next), width, p.vectors, lane);
+      copy_tile<S>(tile,
+                   static_cast<const Cache*>(cache.data) + head_k * cache.head_stride + place.offset(cache),
+                   cached_end - first_of(next), width, p.vectors, lane);
     commit_copies();
   };
+  // What no copy reaches is 0.
+  if (dim < S::kWidth || dim_v < S::kWidth) {
+#pragma unroll 1
+    for (int i = lane * 16; i < 2 * S::kStages * S::kTileBytes; i += 32 * 16)
+      *reinterpret_cast<uint4*>(tiles + i) = uint4{0, 0, 0, 0};
+    __syncwarp();
+  }
   find();
 #pragma unroll 1
   for (int half = 0; half < 2 * S::kStages; half++) {
@@ -695,10 +713,12 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(cons
     find();
   }
 
-  auto q = static_cast<const Query*>(p.q.data) + b * p.q.batch_stride + head_k * block.group * p.q.head_stride;
+  auto q =
+      static_cast<const Query*>(p.q.data) + b * p.q.batch_stride + head_k * block.group * p.q.head_stride;
   load_queries<S>(p, sequence, shared_q, q, block);
   int64_t descale = b * p.descale_batch_stride + head_k;
-  float k_descale = p.k_descale ? p.k_descale[descale] : 1.0f, v_descale = p.v_descale ? p.v_descale[descale] : 1.0f;
+  float k_descale = p.k_descale ? p.k_descale[descale] : 1.0f,
+        v_descale = p.v_descale ? p.v_descale[descale] : 1.0f;
   Rows state;
   state.scale = p.softmax_scale * k_descale * (p.softcap != 0.0f ? 1.0f / p.softcap : kLog2e);
   state.softcap = p.softcap * kLog2e;
@@ -710,7 +730,8 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(cons
     state.begin[h] = static_cast<int>(mask.begin(query));
     state.end[h] = valid ? static_cast<int>(mask.end(query)) : 0;
     state.diagonal[h] = static_cast<int>(query + mask.shift);
-    state.slopes[h] = valid && p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch_stride + head] * kLog2e : 0.0f;
+    state.slopes[h] =
+        valid && p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch_stride + head] * kLog2e : 0.0f;
     // The sink is in the first part, as a key seen first, of value 0.
     state.m[h] = valid && p.sink && block.part == 0 && warp == 0 ? p.sink[head] * kLog2e : -kInfinity;
     state.l[h] = state.m[h] != -kInfinity && in_group == 0 ? 1.0f : 0.0f;
@@ -724,25 +745,25 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(cons
 
   int stage = 0;
   for (int tile = warp; tile < all_tiles; tile += S::kWarps) {
-    lane = opaque(lane);
+    lane = opaque(lane) & 31;
     bool is_new = tile >= cached_tiles;
     int first = first_of(tile), tile_end = is_new ? new_end : cached_end;
     if (is_new) {
 #pragma unroll 1
       for (int half = 0; half < 2; half++) {
         const Tensor &from = half ? p.v_new : p.k_new, &to = half ? p.v_cache : p.k_cache;
-        append_tile<S>(p, sequence, tile_k(stage) + half * S::kTileBytes,
-                       static_cast<const Query*>(from.data) + b * from.batch_stride + head_k * from.head_stride, from,
-                       static_cast<Cache*>(to.data) + head_k * to.head_stride, to, first, tile_end,
-                       half ? dim_v : dim, half ? 0 : static_cast<int>(p.rotary_dim), half ? v_descale : k_descale,
-                       writes, lane);
+        append_tile<S>(
+            p, sequence, tile_k(stage) + half * S::kTileBytes,
+            static_cast<const Query*>(from.data) + b * from.batch_stride + head_k * from.head_stride, from,
+            static_cast<Cache*>(to.data) + head_k * to.head_stride, to, first, tile_end, half ? dim_v : dim,
+            half ? 0 : static_cast<int>(p.rotary_dim), half ? v_descale : k_descale, writes, lane);
       }
     }
     // Each tile of k and of v is a group of copies, empty at the end.
     wait_for_copies<2 * S::kStages - 1>();
     __syncwarp();
     float s[S::kKeys / 8][4], alpha[2];
-    multiply_keys<S>(shared_q, tile_k(stage), dim, lane, s);
+    multiply_keys<S>(shared_q, tile_k(stage), lane, s);
     __syncwarp();
     copy(tile_k(stage), p.k_cache, dim);
     state.softmax(s, p.alibi_slopes != nullptr, first, tile_end, in_group, alpha);
@@ -752,7 +773,7 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(cons
       for (int e = 0; e < 4; e++) acc[n][e] *= alpha[e / 2];
     wait_for_copies<2 * S::kStages - 1>();
     __syncwarp();
-    multiply_values<S>(s, tile_v(stage), dim_v, probs, lane, acc);
+    multiply_values<S>(s, tile_v(stage), probs, lane, acc);
     __syncwarp();
     copy(tile_v(stage), p.v_cache, dim_v);
     next += S::kWarps;
@@ -782,10 +803,11 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident) decode_kernel(cons
 
 constexpr int kMergeWarps = 4, kMostColumns = 256 / 32;
 
-// out and lse of one row from its parts: attention over them, with lse for scores and out for values. A warp has
-// each kMergeWarps-th part; those without keys are not read.
+// out and lse of one row from its parts: attention over them, with lse for scores and out for values. A warp
+// has each kMergeWarps-th part; those without keys are not read.
 template <class T>
-__global__ void __launch_bounds__(32 * kMergeWarps) decode_merge_kernel(const __grid_constant__ DeviceDecode p) {
+__global__ void __launch_bounds__(32 * kMergeWarps)
+    decode_merge_kernel(const __grid_constant__ DeviceDecode p) {
   float* sums = shared_memory<float>();  // (kMergeWarps, headdim_v)
   int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int parts = static_cast<int>(p.parts), dim = static_cast<int>(p.headdim_v);
@@ -834,7 +856,8 @@ constexpr Instance instance() {
 }
 template <class Q, class C>
 const Instance& find(const DeviceDecode& p) {
-  static constexpr Instance kInstances[] = {instance<Q, C, 64>(), instance<Q, C, 128>(), instance<Q, C, 256>()};
+  static constexpr Instance kInstances[] = {instance<Q, C, 64>(), instance<Q, C, 128>(),
+                                            instance<Q, C, 256>()};
   int64_t width = largest(p.headdim, p.headdim_v);
   return kInstances[width <= 64 ? 0 : width <= 128 ? 1 : 2];
 }
@@ -853,10 +876,10 @@ int64_t blocks_of(const DeviceDecode& p) {
   return p.batch * p.nheads_k * largest(divide_up(p.seqlen_q * (p.nheads / p.nheads_k), kRows), 1);
 }
 
-// Whether all rows of a cache are aligned to 16 bytes.
-bool aligned(const Tensor& cache, int64_t element_bytes) {
-  int64_t strides = cache.batch_stride | cache.seq_stride | cache.head_stride;
-  return reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 && strides * element_bytes % 16 == 0;
+// Whether all rows of a cache are whole chunks of 16 bytes, and aligned to that.
+bool aligned(const Tensor& cache, int64_t dim, int64_t element_bytes) {
+  int64_t all = cache.batch_stride | cache.seq_stride | cache.head_stride | dim;
+  return reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 && all * element_bytes % 16 == 0;
 }
 
 }  // namespace
@@ -871,7 +894,8 @@ int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multipro
   most = largest(most / kLeastTiles, 1);
   // The fewest with which the last wave of blocks is about as full as it can be.
   auto filled = [&](int64_t parts) {
-    double waves = static_cast<double>(largest(blocks_of(p), 1) * parts) / static_cast<double>(kResident * multiprocessors);
+    double waves = static_cast<double>(largest(blocks_of(p), 1) * parts) /
+                   static_cast<double>(kResident * multiprocessors);
     return waves / std::ceil(waves);
   };
   double best = 0;
@@ -885,10 +909,11 @@ void decode(DeviceDecode p, const Queue& queue) {
   if (p.batch == 0 || (p.seqlen_q == 0 && p.seqlen_new == 0)) return;
   const Instance& instance = find(p);
   int64_t element_bytes = p.cache_type != CacheType::same ? 1 : p.dtype == DType::f32 ? 4 : 2;
-  p.vectors = aligned(p.k_cache, element_bytes) && aligned(p.v_cache, element_bytes);
+  p.vectors = aligned(p.k_cache, p.headdim, element_bytes) && aligned(p.v_cache, p.headdim_v, element_bytes);
   auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };
   launch(instance.kernel,
-         {"decode", grid(blocks_of(p) * p.parts), dim3(static_cast<unsigned>(instance.threads)), instance.shared_bytes},
+         {"decode", grid(blocks_of(p) * p.parts), dim3(static_cast<unsigned>(instance.threads)),
+          instance.shared_bytes},
          queue, p);
   if (p.parts == 1 || p.seqlen_q == 0) return;
   auto merge = p.dtype == DType::f32    ? decode_merge_kernel<float>

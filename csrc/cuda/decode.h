@@ -16,7 +16,7 @@ struct DeviceDecode {
   int64_t batch, seqlen_q, seqlen_new, nheads, nheads_k, headdim, headdim_v;
   int64_t capacity;  // keys that a sequence can have
   Tensor q, k_cache, v_cache, k_new, v_new;
-  bool vectors;  // all rows of the caches are aligned to 16 bytes; decode() finds out
+  bool vectors;  // rows of the caches are whole chunks of 16 bytes, and aligned to that; decode() finds out
   void* out;     // (batch, seqlen_q, nheads, headdim_v)
   float* lse;    // (batch, nheads, seqlen_q)
   // Where there are several parts, what each has: (batch, seqlen_q, nheads, parts, headdim_v) and (batch,
@@ -48,8 +48,8 @@ struct DeviceDecode {
   }
 };
 
-// Into how many parts the keys of such a call are cut: num_splits, but for parts without keys; where that is 0,
-// as many as keep the GPU busy. It depends on shapes alone, and with num_splits not on the batch.
+// Into how many parts the keys of such a call are cut: num_splits, but for parts without keys; where that is
+// 0, as many as keep the GPU busy. It depends on shapes alone, and with num_splits not on the batch.
 int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multiprocessors);
 
 void decode(DeviceDecode p, const Queue& queue);

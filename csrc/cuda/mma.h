@@ -71,9 +71,9 @@ __device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void
 #endif
 
 // d (16 by 8, fp32) += a (16 by 16) b (16 by 8), T fp16 or bf16. Of a lane,
-//   a: rows group, group + 8, group, group + 8 at columns 2 in_group, 2 in_group + 1, and 8 more for the last two
-//   b: rows 2 in_group, 2 in_group + 1, and 8 more for the second, of column group
-//   d: row group at columns 2 in_group, 2 in_group + 1, and row group + 8
+//   a: rows group, group + 8, group, group + 8 at columns 2 in_group, 2 in_group + 1, and 8 more for the last
+//   two b: rows 2 in_group, 2 in_group + 1, and 8 more for the second, of column group d: row group at
+//   columns 2 in_group, 2 in_group + 1, and row group + 8
 #ifdef FASTGPT_EMULATE
 template <class T>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
@@ -88,7 +88,9 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int i = 0; i < 32; i++)
       for (int half = 0; half < 2; half++) {
         int group = i / 4, column = i % 4 * 2 + half;
-        auto element = [half](uint32_t word) { return to_float(T{static_cast<uint16_t>(word >> 16 * half)}); };
+        auto element = [half](uint32_t word) {
+          return to_float(T{static_cast<uint16_t>(word >> 16 * half)});
+        };
         for (int w = 0; w < 4; w++) a[group + w % 2 * 8][column + w / 2 * 8] = element(lanes[i]->a[w]);
         for (int w = 0; w < 2; w++) b[column + w * 8][group] = element(lanes[i]->b[w]);
       }
@@ -103,7 +105,8 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 #else
 template <class T>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
   if constexpr (dtype_of<T> == DType::bf16)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -121,7 +124,9 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 template <class T>
 __device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef FASTGPT_EMULATE
-  auto element = [](uint32_t word, int half) { return to_float(T{static_cast<uint16_t>(word >> 16 * half)}); };
+  auto element = [](uint32_t word, int half) {
+    return to_float(T{static_cast<uint16_t>(word >> 16 * half)});
+  };
   float sums[2];
   for (int half = 0; half < 2; half++) sums[half] = element(a, half) * element(b, half) + element(c, half);
   return pack_pair<T>(sums[0], sums[1]);

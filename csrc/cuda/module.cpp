@@ -74,24 +74,23 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
           norm_forward(p, queue_of(queue));
         });
 
-  m.def("decode_parts",
-        [](int64_t multiprocessors, Data q, Data k_cache, int64_t batch, int64_t seqlen_q, int64_t seqlen_new,
-           int64_t nheads, int64_t nheads_k, int64_t headdim, int64_t headdim_v, int64_t capacity,
-           int64_t window_left, int64_t num_splits) {
-          DeviceDecode p{};
-          p.dtype = q.dtype();
-          p.cache_type = cache_type_of(k_cache);
-          p.batch = batch;
-          p.seqlen_q = seqlen_q;
-          p.seqlen_new = seqlen_new;
-          p.nheads = nheads;
-          p.nheads_k = nheads_k;
-          p.headdim = headdim;
-          p.headdim_v = headdim_v;
-          p.capacity = capacity;
-          p.window_left = window_left;
-          return decode_parts(p, num_splits, multiprocessors);
-        });
+  m.def("decode_parts", [](int64_t multiprocessors, Data q, Data k_cache, int64_t batch, int64_t seqlen_q,
+                           int64_t seqlen_new, int64_t nheads, int64_t nheads_k, int64_t headdim,
+                           int64_t headdim_v, int64_t capacity, int64_t window_left, int64_t num_splits) {
+    DeviceDecode p{};
+    p.dtype = q.dtype();
+    p.cache_type = cache_type_of(k_cache);
+    p.batch = batch;
+    p.seqlen_q = seqlen_q;
+    p.seqlen_new = seqlen_new;
+    p.nheads = nheads;
+    p.nheads_k = nheads_k;
+    p.headdim = headdim;
+    p.headdim_v = headdim_v;
+    p.capacity = capacity;
+    p.window_left = window_left;
+    return decode_parts(p, num_splits, multiprocessors);
+  });
 
   m.def("decode",
         [](const PyQueue& queue, const Array& q, const Array& k_cache, const Array& v_cache,
