@@ -23,6 +23,8 @@ if(FASTGPT_CUDA)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 90-virtual)
   # Statistics are those of rounded values.
   set_source_files_properties(cuda/norm.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
+  # Many instances: the architectures are compiled side by side.
+  set_source_files_properties(cuda/decode.cu PROPERTIES COMPILE_OPTIONS --threads=2)
   add_cuda_module(_cuda)
   target_compile_options(
     _cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-fvisibility=hidden>)

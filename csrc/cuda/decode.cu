@@ -16,8 +16,8 @@
 // kernel merges them. Both add up in a fixed order, without atomics: the same bits every time, in any batch.
 //
 // What bounds this is memory: a warp has kStages tiles of k and of v of which all but a half of one are
-// always under way (cp.async, 16 bytes a copy), 48 KiB of a block, of which two or three are on a
-// multiprocessor. Rows are swizzled, so that neither copies nor ldmatrix have bank conflicts. Caches whose
+// always under way (cp.async, 16 bytes a copy), 48 KiB of a block or more, of which two or three are on
+// a multiprocessor. Rows are swizzled, so that neither copies nor ldmatrix have bank conflicts. Caches whose
 // rows are not whole chunks of 16 bytes, aligned to that, are read element by element.
 //
 // New keys are rotated (Su et al. 2021, arXiv:2104.09864), quantised and appended here as well: a launch for
@@ -858,8 +858,9 @@ template <class Q, class C>
 const Instance& find(const DeviceDecode& p) {
   static constexpr Instance kInstances[] = {instance<Q, C, 64>(), instance<Q, C, 128>(),
                                             instance<Q, C, 256>()};
-  int64_t width = largest(p.headdim, p.headdim_v);
-  return kInstances[width <= 64 ? 0 : width <= 128 ? 1 : 2];
+  const Instance* found = kInstances;
+  while (largest(p.headdim, p.headdim_v) > found->width) found++;
+  return *found;
 }
 template <class Q>
 const Instance& find(const DeviceDecode& p) {
@@ -891,13 +892,13 @@ int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multipro
     keys = least(keys, largest(p.window_left + p.seqlen_q, p.seqlen_new) + block_keys);
   int64_t most = largest(divide_up(keys, block_keys), 1);
   if (num_splits > 0) return least(num_splits, most);
-  most = largest(most / kLeastTiles, 1);
   // The fewest with which the last wave of blocks is about as full as it can be.
+  int64_t blocks = largest(blocks_of(p), 1), slots = kResident * multiprocessors;
   auto filled = [&](int64_t parts) {
-    double waves = static_cast<double>(largest(blocks_of(p), 1) * parts) /
-                   static_cast<double>(kResident * multiprocessors);
+    double waves = static_cast<double>(blocks * parts) / static_cast<double>(slots);
     return waves / std::ceil(waves);
   };
+  most = least(largest(most / kLeastTiles, 1), 2 * divide_up(slots, blocks));
   double best = 0;
   for (int64_t parts = 1; parts <= most; parts++) best = std::fmax(best, filled(parts));
   int64_t parts = 1;
