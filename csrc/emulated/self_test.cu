@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "async_copy.h"
 #include "launch.h"
 
 namespace fastgpt {
@@ -41,6 +42,18 @@ __global__ void barriers(const __grid_constant__ Params p) {
   if (thread >= 64) return;  // who has returned is not waited for
   __syncthreads();
   p.out[thread + 128] = shared[63 - thread];
+}
+
+__global__ void copies(const __grid_constant__ Params p) {
+  int lane = static_cast<int>(threadIdx.x);
+  float* own = shared_memory<float>() + 4 * lane;
+  for (int i = 0; i < 4; i++) own[i] = 1.0f;
+  copy_async(own, p.out + 128, lane % 2 == 0);
+  commit_copies();
+  wait_for_copies<1>();
+  p.out[lane] = own[0];  // nobody has waited for it
+  wait_for_copies<0>();
+  p.out[32 + lane] = own[3];
 }
 
 __global__ void divergent_barrier(const __grid_constant__ Params) {
@@ -81,6 +94,7 @@ void self_test(const std::string& name, float* out) {
   };
   static const Test kTests[] = {{"shuffles", shuffles, 32, 0},
                                 {"barriers", barriers, 96, 96 * 4},
+                                {"copies", copies, 32, 32 * 16},
                                 {"divergent_barrier", divergent_barrier, 32, 0},
                                 {"divergent_shuffle", divergent_shuffle, 32, 0},
                                 {"missing_lane", missing_lane, 32, 0},
