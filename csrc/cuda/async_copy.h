@@ -19,8 +19,7 @@ namespace emulated {
 struct AsyncCopies {
   struct Copy {
     void* to;
-    const void* from;
-    int bytes;
+    const void* from;  // null: zeros
     uint64_t group;
   };
   std::vector<Copy> copies;  // not done yet, oldest first
@@ -43,20 +42,23 @@ inline AsyncCopies& async_copies() {
 }  // namespace emulated
 #endif
 
-// 16 bytes, of which the first `bytes` are read and the others 0; both addresses are multiples of 16.
+// 16 bytes, or, where `read` is false, zeros; both addresses are multiples of 16.
 #ifdef FASTGPT_EMULATE
-inline void copy_async(void* to, const void* from, int bytes, FASTGPT_WHERE("cp.async")) {
+inline void copy_async(void* to, const void* from, bool read, FASTGPT_WHERE("cp.async")) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
     emulated::fail(where, "an address is not aligned to 16 bytes");
   std::memset(to, 0xff, 16);
   emulated::AsyncCopies& own = emulated::async_copies();
-  own.copies.push_back({to, from, bytes, own.group});
+  own.copies.push_back({to, read ? from : nullptr, own.group});
 }
 #else
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool read) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred ignore;\nsetp.eq.u32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore;\n}" ::"r"(address),
+      "l"(from), "r"(static_cast<uint32_t>(read))
+      : "memory");
 }
 #endif
 
@@ -76,8 +78,10 @@ __device__ __forceinline__ void wait_for_copies() {
   size_t done = 0;
   for (; done < own.copies.size() && own.copies[done].group + kPending < own.group; done++) {
     const auto& copy = own.copies[done];
-    std::memset(copy.to, 0, 16);
-    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    if (copy.from)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
   }
   own.copies.erase(own.copies.begin(), own.copies.begin() + static_cast<std::ptrdiff_t>(done));
 #else

@@ -16,9 +16,9 @@
 // kernel merges them. Both add up in a fixed order, without atomics: the same bits every time, in any batch.
 //
 // What bounds this is memory: a warp has kStages tiles of k and of v of which all but a half of one are
-// always under way (cp.async, 16 bytes a copy), 48 KiB of a block, of which two or three are on a
-// multiprocessor. Rows are swizzled, so that neither copies nor ldmatrix have bank conflicts. Caches whose
-// rows are not aligned to 16 bytes are read element by element.
+// always under way (cp.async, 16 bytes a copy), 48 KiB of a block or more, of which two or three are on
+// a multiprocessor. Rows are swizzled, so that neither copies nor ldmatrix have bank conflicts. Caches whose
+// rows are not whole chunks of 16 bytes, aligned to that, are read element by element.
 //
 // New keys are rotated (Su et al. 2021, arXiv:2104.09864), quantised and appended here as well: a launch for
 // them would take as long as a short cache. No block reads from a cache what another writes. All take the
@@ -202,6 +202,15 @@ struct Block {
   }
 };
 
+// A page, or sequence, and a row there.
+struct Place {
+  int page, row;
+
+  __device__ __forceinline__ int64_t offset(const Tensor& cache) const {
+    return page * cache.batch_stride + row * cache.seq_stride;
+  }
+};
+
 // Where the keys of a sequence are, and which of them its queries see. Keys and rows are numbered in 32 bits,
 // as cache_seqlens are.
 struct Sequence {
@@ -225,13 +234,12 @@ struct Sequence {
     mask = Mask(p.seqlen_q, cached + p.seqlen_new, p.window_left, p.window_right);
     mask.seqlen_k = least(mask.seqlen_k, largest(room - padding, 0));
   }
-  __device__ __forceinline__ int page_of(int j) const {
-    return table ? __ldg(table + (pad + j) / page_size) : index;
-  }
-  // Of key j in a cache with these strides; `page` is page_of(j).
-  __device__ __forceinline__ int64_t at(int page, int j, const Tensor& cache) const {
-    int row = table ? (pad + j) % page_size : pad + j;
-    return page * cache.batch_stride + row * cache.seq_stride;
+  // Where key j is in the caches.
+  __device__ __forceinline__ Place place_of(int j) const {
+    int row = pad + j;
+    if (!table) return {index, row};
+    int block = row / page_size;
+    return {__ldg(table + block), row - block * page_size};
   }
 };
 
@@ -267,40 +275,33 @@ __device__ __forceinline__ float rotated(const DeviceDecode& p, int rotary_dim, 
   return to_float(from_float<T>(__fadd_rn(__fmul_rn(x, cos), first ? -turned : turned)));
 }
 
-// Elements of a row that products read: the others of kDim are left out, too.
-__device__ __forceinline__ int padded(int dim) { return (dim + 31) / 32 * 32; }
-
-// Begins to copy `keys` rows of a cache, `dim` wide, into a tile; the rest of it is 0. `at` is where, from
-// `base` on, row lane % kKeys is.
+// Begins to copy `keys` rows of a cache, `dim` wide, into a tile; the others become 0. Chunks beyond dim stay
+// as they are. `key` is where row lane % kKeys is, or any other row for what is not copied.
 template <class S>
-__device__ __forceinline__ void copy_tile(unsigned char* tile, const typename S::Cache* base, int64_t at,
-                                          int keys, int dim, bool vectors, int lane) {
+__device__ __forceinline__ void copy_tile(unsigned char* tile, const typename S::Cache* key, int keys,
+                                          int dim, bool vectors, int lane) {
   typedef typename S::Cache Cache;
-  int chunks = padded(dim) / S::kPerChunk;
+  constexpr int kNeighbours = S::kChunks < 32 ? S::kChunks : 32, kSteps = S::kKeys * S::kChunks / 32;
+  int own_row = lane / kNeighbours, own_column = lane % kNeighbours * S::kPerChunk;
   auto each = [&](int step, auto copy) {
-    int i = step * 32 + lane, row = i / S::kChunks, chunk = i % S::kChunks;
-    int64_t row_at = __shfl_sync(kAllLanes, at, row);
-    if (chunk >= chunks) return;
-    int elements = row < keys ? dim - chunk * S::kPerChunk : 0;
-    elements = elements < 0 ? 0 : elements > S::kPerChunk ? S::kPerChunk : elements;
-    const Cache* from = elements ? base + row_at + chunk * S::kPerChunk : base;
-    copy(tile + place_of<S::kChunks>(row, chunk), from, elements);
+    int row = step * 32 / S::kChunks + own_row;
+    int column = step * 32 % S::kChunks * S::kPerChunk + own_column;
+    auto from = reinterpret_cast<const Cache*>(__shfl_sync(kAllLanes, reinterpret_cast<int64_t>(key), row));
+    if (column < dim)
+      copy(tile + place_of<S::kChunks>(row, column / S::kPerChunk), from + column, column, row < keys);
   };
-  constexpr int kSteps = S::kKeys * S::kChunks / 32;
   if (vectors) {
 #pragma unroll
     for (int step = 0; step < kSteps; step++)
-      each(step, [](unsigned char* to, const Cache* from, int elements) {
-        copy_async(to, from, elements * static_cast<int>(sizeof(Cache)));
-      });
+      each(step, [](unsigned char* to, const Cache* from, int, bool read) { copy_async(to, from, read); });
   } else {
 #pragma unroll 1
     for (int step = 0; step < kSteps; step++)
-      each(step, [](unsigned char* to, const Cache* from, int elements) {
+      each(step, [dim](unsigned char* to, const Cache* from, int column, bool read) {
         Words<Cache, S::kPerChunk> chunk;
 #pragma unroll
         for (int e = 0; e < S::kPerChunk; e++)
-          if (e < elements) chunk.set(e, bits_of(from[e]));
+          if (read && column + e < dim) chunk.set(e, bits_of(from[e]));
         *reinterpret_cast<uint4*>(to) = {chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]};
       });
   }
@@ -316,14 +317,14 @@ __device__ __forceinline__ void append_tile(const DeviceDecode& p, const Sequenc
                                             int rotary_dim, float descale, bool writes, int lane) {
   typedef typename S::Cache Cache;
   constexpr int kPerWord = 4 / sizeof(Cache);
-  int words = padded(dim) / kPerWord;
+  int words = (dim + kPerWord - 1) / kPerWord;
 #pragma unroll 1
-  for (int i = lane; i < S::kKeys * words; i += 32) {
+  for (int i = lane; i < S::kKeys * words; i += 32) {  // chunks beyond dim stay 0
     int row = i / words, column = i % words * kPerWord, j = first + row;
     uint32_t word = 0;
-    if (j < end && column < dim) {
+    if (j < end) {
       const typename S::Query* source = from + (j - sequence.cached) * from_tensor.seq_stride;
-      Cache* to = cache + sequence.at(sequence.page_of(j), j, cache_tensor);
+      Cache* to = cache + sequence.place_of(j).offset(cache_tensor);
 #pragma unroll
       for (int e = 0; e < kPerWord; e++) {
         if (column + e >= dim) continue;
@@ -347,12 +348,11 @@ __device__ __forceinline__ void load_queries(const DeviceDecode& p, const Sequen
                                              const Block& block) {
   typedef typename S::Query Query;
   constexpr int kPerChunk = 16 / sizeof(Query);
-  int dim = static_cast<int>(p.headdim), width = padded(dim);
+  int dim = static_cast<int>(p.headdim);
   bool step = p.window_left >= 0 || p.window_right >= 0;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < kRows * S::kWidth; i += S::kThreads) {
     int r = i / S::kWidth, column = i % S::kWidth;
-    if (column >= width) continue;
     int row = block.first_row + r, query = row / block.group;
     float x = 0.0f;
     if (row < block.rows && column < dim) {
@@ -374,8 +374,8 @@ __device__ __forceinline__ void load_queries(const DeviceDecode& p, const Sequen
 
 // s = q k of a tile.
 template <class S>
-__device__ __forceinline__ void multiply_keys(const unsigned char* q, const unsigned char* k, int dim,
-                                              int lane, float (&s)[S::kKeys / 8][4]) {
+__device__ __forceinline__ void multiply_keys(const unsigned char* q, const unsigned char* k, int lane,
+                                              float (&s)[S::kKeys / 8][4]) {
 #pragma unroll
   for (int n = 0; n < S::kKeys / 8; n++)
 #pragma unroll
@@ -383,7 +383,7 @@ __device__ __forceinline__ void multiply_keys(const unsigned char* q, const unsi
   if constexpr (!S::kMma) {
     int group = lane / 4, in_group = lane % 4;
 #pragma unroll 1
-    for (int column = 0; column < dim; column += 4) {
+    for (int column = 0; column < S::kWidth; column += 4) {
       float rows[2][4], key[4];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -407,7 +407,6 @@ __device__ __forceinline__ void multiply_keys(const unsigned char* q, const unsi
     typedef typename S::Query Query;
 #pragma unroll
     for (int step = 0; step < S::kWidth / 16; step++) {
-      if (step * 16 >= dim) break;
       uint32_t a[4], b[4];
       load_matrices(a, q + place_of<S::kQueryChunks>(lane & 15, 2 * step + (lane >> 4)));
       if constexpr (sizeof(typename S::Cache) == 2) {
@@ -444,8 +443,7 @@ __device__ __forceinline__ int column_of(int n, int e, int in_group) {
 // acc += p v of a tile. `probs` is the warp's memory for p, without mma.sync.
 template <class S>
 __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4], const unsigned char* v,
-                                                int dim, float* probs, int lane,
-                                                float (&acc)[S::kWidth / 8][4]) {
+                                                float* probs, int lane, float (&acc)[S::kWidth / 8][4]) {
   if constexpr (!S::kMma) {
     int group = lane / 4, in_group = lane % 4;
 #pragma unroll
@@ -454,12 +452,11 @@ __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4
       for (int e = 0; e < 4; e++)
         probs[(group + e / 2 * 8) * S::kKeys + 8 * n + 2 * in_group + e % 2] = p[n][e];
     __syncwarp();
-#pragma unroll 2
+#pragma unroll 1
     for (int key = 0; key < S::kKeys; key++) {
       float first = probs[group * S::kKeys + key], second = probs[(group + 8) * S::kKeys + key];
 #pragma unroll
       for (int n = 0; n < S::kWidth / 8; n += 2) {
-        if (n * 8 >= dim) break;
         float x[4];
         load_four<S>(v, key, n * 8 + 4 * in_group, x);
 #pragma unroll
@@ -480,7 +477,6 @@ __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4
       if constexpr (sizeof(typename S::Cache) == 2) {
 #pragma unroll
         for (int n = 0; n < S::kWidth / 8; n += 2) {
-          if (n * 8 >= dim) break;
           uint32_t b[4];
           load_transposed(b, v + place_of<S::kChunks>(row, n + (lane >> 4)));
           multiply_add<Query>(acc[n], a, b[0], b[1]);
@@ -490,7 +486,6 @@ __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4
         // An element that ldmatrix transposes is two columns: even ones go to acc[n], odd ones to acc[n + 1].
 #pragma unroll
         for (int n = 0; n < S::kWidth / 8; n += 4) {
-          if (n * 8 >= dim) break;
           uint32_t b[4];
           load_transposed(b, v + place_of<S::kChunks>(row, n / 2 + (lane >> 4)));
 #pragma unroll
@@ -637,7 +632,9 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident)
   typedef typename S::Cache Cache;
   unsigned char* shared = shared_memory<unsigned char>();
   unsigned char* shared_q = shared + kPipelineBytes;
-  int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int lane = static_cast<int>(threadIdx.x) % 32;
+  int warp =
+      __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);  // the same for all, to the compiler
   int in_group = lane % 4;
   unsigned char* tiles = shared + warp * (2 * S::kStages * S::kTileBytes);
   float* probs = reinterpret_cast<float*>(shared_q + S::kQueryBytes) + warp * kRows * S::kKeys;
@@ -683,20 +680,29 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident)
   };
 
   int dim = static_cast<int>(p.headdim), dim_v = static_cast<int>(p.headdim_v);
-  // Of tile `next`, that is copied next: this lane's key, and its page, loaded a tile ahead.
-  int next = warp, next_key = 0, page = 0;
+  // Of tile `next`, that is copied next, this lane's key: found a tile ahead, as a block table takes time to
+  // read.
+  int next = warp;
+  Place place{};
   auto find = [&] {
     if (next >= cached_tiles) return;
-    next_key = first_of(next) + lane % S::kKeys;
-    if (next_key >= cached_end) next_key = cached_end - 1;
-    page = sequence.page_of(next_key);
+    int key = first_of(next) + lane % S::kKeys;
+    place = sequence.place_of(key < cached_end ? key : cached_end - 1);
   };
   auto copy = [&](unsigned char* tile, const Tensor& cache, int width) {
     if (next < cached_tiles)
-      copy_tile<S>(tile, static_cast<const Cache*>(cache.data) + head_k * cache.head_stride,
-                   sequence.at(page, next_key, cache), cached_end - first_of(next), width, p.vectors, lane);
+      copy_tile<S>(tile,
+                   static_cast<const Cache*>(cache.data) + head_k * cache.head_stride + place.offset(cache),
+                   cached_end - first_of(next), width, p.vectors, lane);
     commit_copies();
   };
+  // What no copy reaches is 0.
+  if (dim < S::kWidth || dim_v < S::kWidth) {
+#pragma unroll 1
+    for (int i = lane * 16; i < 2 * S::kStages * S::kTileBytes; i += 32 * 16)
+      *reinterpret_cast<uint4*>(tiles + i) = uint4{0, 0, 0, 0};
+    __syncwarp();
+  }
   find();
 #pragma unroll 1
   for (int half = 0; half < 2 * S::kStages; half++) {
@@ -739,7 +745,7 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident)
 
   int stage = 0;
   for (int tile = warp; tile < all_tiles; tile += S::kWarps) {
-    lane = opaque(lane);
+    lane = opaque(lane) & 31;
     bool is_new = tile >= cached_tiles;
     int first = first_of(tile), tile_end = is_new ? new_end : cached_end;
     if (is_new) {
@@ -757,7 +763,7 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident)
     wait_for_copies<2 * S::kStages - 1>();
     __syncwarp();
     float s[S::kKeys / 8][4], alpha[2];
-    multiply_keys<S>(shared_q, tile_k(stage), dim, lane, s);
+    multiply_keys<S>(shared_q, tile_k(stage), lane, s);
     __syncwarp();
     copy(tile_k(stage), p.k_cache, dim);
     state.softmax(s, p.alibi_slopes != nullptr, first, tile_end, in_group, alpha);
@@ -767,7 +773,7 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident)
       for (int e = 0; e < 4; e++) acc[n][e] *= alpha[e / 2];
     wait_for_copies<2 * S::kStages - 1>();
     __syncwarp();
-    multiply_values<S>(s, tile_v(stage), dim_v, probs, lane, acc);
+    multiply_values<S>(s, tile_v(stage), probs, lane, acc);
     __syncwarp();
     copy(tile_v(stage), p.v_cache, dim_v);
     next += S::kWarps;
@@ -852,8 +858,9 @@ template <class Q, class C>
 const Instance& find(const DeviceDecode& p) {
   static constexpr Instance kInstances[] = {instance<Q, C, 64>(), instance<Q, C, 128>(),
                                             instance<Q, C, 256>()};
-  int64_t width = largest(p.headdim, p.headdim_v);
-  return kInstances[width <= 64 ? 0 : width <= 128 ? 1 : 2];
+  const Instance* found = kInstances;
+  while (largest(p.headdim, p.headdim_v) > found->width) found++;
+  return *found;
 }
 template <class Q>
 const Instance& find(const DeviceDecode& p) {
@@ -870,10 +877,10 @@ int64_t blocks_of(const DeviceDecode& p) {
   return p.batch * p.nheads_k * largest(divide_up(p.seqlen_q * (p.nheads / p.nheads_k), kRows), 1);
 }
 
-// Whether all rows of a cache are aligned to 16 bytes.
-bool aligned(const Tensor& cache, int64_t element_bytes) {
-  int64_t strides = cache.batch_stride | cache.seq_stride | cache.head_stride;
-  return reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 && strides * element_bytes % 16 == 0;
+// Whether all rows of a cache are whole chunks of 16 bytes, and aligned to that.
+bool aligned(const Tensor& cache, int64_t dim, int64_t element_bytes) {
+  int64_t all = cache.batch_stride | cache.seq_stride | cache.head_stride | dim;
+  return reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 && all * element_bytes % 16 == 0;
 }
 
 }  // namespace
@@ -885,13 +892,13 @@ int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multipro
     keys = least(keys, largest(p.window_left + p.seqlen_q, p.seqlen_new) + block_keys);
   int64_t most = largest(divide_up(keys, block_keys), 1);
   if (num_splits > 0) return least(num_splits, most);
-  most = largest(most / kLeastTiles, 1);
   // The fewest with which the last wave of blocks is about as full as it can be.
+  int64_t blocks = largest(blocks_of(p), 1), slots = kResident * multiprocessors;
   auto filled = [&](int64_t parts) {
-    double waves = static_cast<double>(largest(blocks_of(p), 1) * parts) /
-                   static_cast<double>(kResident * multiprocessors);
+    double waves = static_cast<double>(blocks * parts) / static_cast<double>(slots);
     return waves / std::ceil(waves);
   };
+  most = least(largest(most / kLeastTiles, 1), 2 * divide_up(slots, blocks));
   double best = 0;
   for (int64_t parts = 1; parts <= most; parts++) best = std::fmax(best, filled(parts));
   int64_t parts = 1;
@@ -903,7 +910,7 @@ void decode(DeviceDecode p, const Queue& queue) {
   if (p.batch == 0 || (p.seqlen_q == 0 && p.seqlen_new == 0)) return;
   const Instance& instance = find(p);
   int64_t element_bytes = p.cache_type != CacheType::same ? 1 : p.dtype == DType::f32 ? 4 : 2;
-  p.vectors = aligned(p.k_cache, element_bytes) && aligned(p.v_cache, element_bytes);
+  p.vectors = aligned(p.k_cache, p.headdim, element_bytes) && aligned(p.v_cache, p.headdim_v, element_bytes);
   auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };
   launch(instance.kernel,
          {"decode", grid(blocks_of(p) * p.parts), dim3(static_cast<unsigned>(instance.threads)),

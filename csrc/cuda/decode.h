@@ -16,7 +16,7 @@ struct DeviceDecode {
   int64_t batch, seqlen_q, seqlen_new, nheads, nheads_k, headdim, headdim_v;
   int64_t capacity;  // keys that a sequence can have
   Tensor q, k_cache, v_cache, k_new, v_new;
-  bool vectors;  // all rows of the caches are aligned to 16 bytes; decode() finds out
+  bool vectors;  // rows of the caches are whole chunks of 16 bytes, and aligned to that; decode() finds out
   void* out;     // (batch, seqlen_q, nheads, headdim_v)
   float* lse;    // (batch, nheads, seqlen_q)
   // Where there are several parts, what each has: (batch, seqlen_q, nheads, parts, headdim_v) and (batch,
