@@ -27,7 +27,11 @@ if(FASTGPT_CUDA)
   set_source_files_properties(cuda/norm.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
   # Many instances: the architectures are compiled side by side.
   set_source_files_properties(cuda/decode.cu PROPERTIES COMPILE_OPTIONS --threads=2)
-  add_cuda_module(_cuda)
+  add_library(hopper OBJECT ${hopper_sources})
+  set_target_properties(hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON)
+  target_include_directories(hopper PRIVATE include cuda)
+  target_compile_options(hopper PRIVATE -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-fvisibility=hidden)
+  add_cuda_module(_cuda $<TARGET_OBJECTS:hopper>)
   target_compile_options(
     _cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-fvisibility=hidden>)
   set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static) # loads the driver when it is first used

@@ -45,6 +45,11 @@ def test_barriers_and_memory():
     assert torch.equal(out[160:192], torch.arange(32.0).flip(0))
 
 
+def test_a_missing_barrier_shows():
+    out = run("missing_barrier")
+    assert out[:31].isnan().all() and out[33:64].isnan().all()
+
+
 def test_copies_are_done_when_they_are_waited_for():
     out = run("copies")[:64].view(2, 32)
     assert out[0].isnan().all()

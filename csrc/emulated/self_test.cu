@@ -44,6 +44,17 @@ __global__ void barriers(const __grid_constant__ Params p) {
   p.out[thread + 128] = shared[63 - thread];
 }
 
+// Each thread reads what the one before or the one after it writes.
+__global__ void missing_barrier(const __grid_constant__ Params p) {
+  float* shared = shared_memory<float>();
+  int thread = static_cast<int>(threadIdx.x), last = static_cast<int>(blockDim.x) - 1;
+  shared[thread] = 1.0f;
+  p.out[thread] = shared[thread < last ? thread + 1 : last];
+  __syncthreads();
+  shared[32 + thread] = 1.0f;
+  p.out[32 + thread] = shared[32 + (thread > 0 ? thread - 1 : 0)];
+}
+
 __global__ void copies(const __grid_constant__ Params p) {
   int lane = static_cast<int>(threadIdx.x);
   float* own = shared_memory<float>() + 4 * lane;
@@ -94,6 +105,7 @@ void self_test(const std::string& name, float* out) {
   };
   static const Test kTests[] = {{"shuffles", shuffles, 32, 0},
                                 {"barriers", barriers, 96, 96 * 4},
+                                {"missing_barrier", missing_barrier, 32, 64 * 4},
                                 {"copies", copies, 32, 32 * 16},
                                 {"divergent_barrier", divergent_barrier, 32, 0},
                                 {"divergent_shuffle", divergent_shuffle, 32, 0},
