@@ -51,7 +51,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 #endif
 
 // The compiler computes anew what depends on x, which is as it was.
-__device__ __forceinline__ void forget(int& x) {
+__device__ __forceinline__ void forget([[maybe_unused]] int& x) {
 #ifndef FASTGPT_EMULATE
   asm volatile("" : "+r"(x));
 #endif
