@@ -124,7 +124,7 @@ def decode_variants(draw) -> DecodeVariant:
 
 @st.composite
 def norm_cases(draw) -> norm.NormCase:
-    lead = draw(st.lists(st.integers(0, 6 if SLOW else 40), max_size=3).map(tuple))
+    lead = draw(st.lists(st.integers(0, 6 if SLOW else 12), max_size=3).map(tuple))
     layouts = ["contiguous", "slice", *["transpose"] * (len(lead) >= 2), *["expand"] * (0 not in lead[:1])]
     return norm.NormCase(
         lead,
