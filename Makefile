@@ -39,8 +39,8 @@ test: $(VENV)/.stamp-dev
 		$(BIN)/python -m pytest -n auto -k "cuda or test_emulator" $(CUDA_TESTS)
 
 # Of ops that have CUDA kernels.
-CUDA_TESTS := tests/test_attention.py tests/test_decode.py tests/test_decode_cuda.py tests/test_emulator.py tests/test_norm.py \
-	tests/test_random.py::test_random_norm
+CUDA_TESTS := tests/test_attention_cuda.py tests/test_decode.py tests/test_decode_cuda.py tests/test_emulator.py \
+	tests/test_norm.py tests/test_random.py::test_random_norm
 
 # 600 random specifications of each op against `reference`: what ran is in the statistics.
 nightly: $(VENV)/.stamp-dev

@@ -14,13 +14,7 @@ from pathlib import Path
 
 import torch
 
-
-def architecture(device: torch.device | int) -> str:
-    """Of a GPU: sm_90, gfx942, ..."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+from fastgpt.ops.native import architecture
 
 
 def _driver() -> str:

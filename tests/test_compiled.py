@@ -54,8 +54,6 @@ def test_cuda_kernels_do_not_spill():
     """For sm_80 and sm_90; and the module stays small."""
     command = [sys.executable, str(SCRIPT.with_name("cuda_report.py"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode == 2 and "cuobjdump" in done.stderr:
-        pytest.skip("no cuobjdump")
     assert done.returncode == 0, done.stdout + done.stderr
     module = importlib.util.find_spec("fastgpt._cuda").origin
     assert Path(module).stat().st_size < 30 * 2**20

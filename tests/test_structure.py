@@ -35,7 +35,8 @@ LAYERS = [
     ("fastgpt.dispatch",),
     ("fastgpt.proof",),
     tuple(f"fastgpt.ops.{op}.{name}" for op in OPS for name in IMPLEMENTATIONS),
-    ("fastgpt.ops.checks", "fastgpt.ops.native", "fastgpt.ops.cuda"),
+    ("fastgpt.ops.launch", "fastgpt.ops.cuda"),
+    ("fastgpt.ops.checks", "fastgpt.ops.native", "fastgpt.ops.device"),
     ("fastgpt.ops.philox", *(f"fastgpt.ops.{op}.spec" for op in OPS)),
 ]
 

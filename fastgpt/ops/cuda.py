@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import philox
+from fastgpt.ops.native import limits
 
 # The kernels on CPU tensors, slowly, to test them: csrc/cuda/emulator.h.
 EMULATED = os.environ.get("FASTGPT_CUDA_EMULATE") == "1"
 MODULE = "fastgpt._cuda_emulated" if EMULATED else "fastgpt._cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # compute capability
 
 Queue = tuple[int, int]
@@ -66,12 +66,7 @@ def refusals(
         )
     if not EMULATED and device != "cuda":
         reasons.append(f"the tensors are on {device}, not on a GPU")
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype} is not float32, bfloat16 or float16")
-    if headdim > 256:
-        reasons.append(f"headdim {headdim} is above 256")
-    missing = [name for name in features if name not in supported]
-    return reasons + [f"{name} is not written for the CUDA kernels yet" for name in missing]
+    return reasons + limits("CUDA", dtype, features, supported, headdim)
 
 
 def queue(t: Tensor) -> Queue:

@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt import proof
+from fastgpt.ops.native import architecture, limits
 
 _C = TypeVar("_C")
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # decided when kernels are decorated
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR = 16  # bytes that a thread loads at once
 LEAST_SCALE = 1e-37  # by which −inf can be multiplied: less may be 0 in fp32
 
@@ -45,12 +44,7 @@ def refusals(
         reasons.append("the tensors are on a GPU, and TRITON_INTERPRET=1 has Triton's kernels run on the CPU")
     if device not in ("cpu", "cuda"):
         reasons.append(f"the tensors are on {device}, not on a GPU")
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype} is not float32, bfloat16 or float16")
-    if headdim > 256:
-        reasons.append(f"headdim {headdim} is above 256")
-    missing = [name for name in features if name not in supported]
-    return reasons + [f"{name} is not written for the Triton kernels yet" for name in missing]
+    return reasons + limits("Triton", dtype, features, supported, headdim)
 
 
 class Chip(NamedTuple):
@@ -82,7 +76,7 @@ def _chip(device: torch.device) -> Chip:
     if INTERPRETED:
         return Chip("interpreter", 4)
     properties = torch.cuda.get_device_properties(device)
-    return Chip(proof.architecture(device), properties.multi_processor_count)
+    return Chip(architecture(device), properties.multi_processor_count)
 
 
 def chip(device: torch.device) -> Chip:

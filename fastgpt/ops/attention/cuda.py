@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgpt.ops import cuda
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
+from fastgpt.ops.native import contiguous
 
 FEATURES = ("window", "varlen", "key_ranges", "lse")
 HEADDIMS = (64, 128, 256)
@@ -49,10 +50,6 @@ def _aligned(t: Tensor) -> Tensor:
     return t if taken else t.clone(memory_format=torch.contiguous_format)
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: AttentionTensors
 ) -> tuple[Tensor, Tensor]:
@@ -68,10 +65,10 @@ def forward(
         _aligned(v),
         out,
         lse,
-        _contiguous(edges),
-        _contiguous(tensors.cu_seqlens_k),
-        _contiguous(tensors.seqused_k),
-        _contiguous(tensors.leftpad_k),
+        contiguous(edges),
+        contiguous(tensors.cu_seqlens_k),
+        contiguous(tensors.seqused_k),
+        contiguous(tensors.leftpad_k),
         q.shape[0] if edges is None else edges.shape[0] - 1,
         spec.softmax_scale,
         spec.window_left,

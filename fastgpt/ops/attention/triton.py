@@ -36,6 +36,7 @@ from fastgpt.ops.device import (
     visible,
 )
 from fastgpt.ops.launch import Config
+from fastgpt.ops.native import DTYPES
 
 # All that a call may ask for today; a new feature is unsupported until it is written here.
 FEATURES = (
@@ -779,7 +780,7 @@ def attention_dbias(
 
 
 def _bias(bias: Tensor | None) -> Tensor | None:
-    return bias if bias is None or bias.dtype in (*launch.DTYPES, torch.bool) else bias.float()
+    return bias if bias is None or bias.dtype in (*DTYPES, torch.bool) else bias.float()
 
 
 def _normalized(tensors: AttentionTensors) -> AttentionTensors:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgpt.ops import cuda
 from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec, DecodeTensors, capacity
+from fastgpt.ops.native import contiguous, contiguous_fp32
 
 # All that a call may ask for today; a new feature is unsupported until it is written here.
 FEATURES = (
@@ -32,10 +33,6 @@ def unsupported(call: DecodeCall) -> list[str]:
     return cuda.refusals(call.device, call.dtype, call.features, FEATURES, headdim)
 
 
-def _contiguous(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if t is None else t.to(dtype or t.dtype).contiguous()
-
-
 def forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec, tensors: DecodeTensors
 ) -> tuple[Tensor, Tensor]:
@@ -44,7 +41,7 @@ def forward(
     k, v, cache_seqlens, cos, sin, index, pads, table, *per_head = tensors
     if cos is not None and sin is not None:
         tables = q.dtype if cos.dtype == sin.dtype == q.dtype else torch.float32
-        cos, sin = _contiguous(cos, tables), _contiguous(sin, tables)
+        cos, sin = cos.to(tables).contiguous(), sin.to(tables).contiguous()
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
     keys = capacity(k_cache, tensors)
@@ -78,10 +75,10 @@ def forward(
         cache_seqlens.contiguous(),
         cos,
         sin,
-        _contiguous(index),
-        _contiguous(pads),
+        contiguous(index),
+        contiguous(pads),
         table,
-        *(_contiguous(t, torch.float32) for t in per_head),
+        *map(contiguous_fp32, per_head),
         *spec[:-1],
     )
     return out, lse

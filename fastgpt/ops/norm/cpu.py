@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import _cpu
-from fastgpt.ops.native import pass_dropout, refusals
+from fastgpt.ops.native import as_rows, pass_dropout, refusals
 from fastgpt.ops.norm.spec import NormCall, NormSpec
 
 FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "dropout", "backward")
@@ -17,15 +17,6 @@ FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "dropout", "bac
 
 def unsupported(call: NormCall) -> list[str]:
     return refusals(call.device, call.dtype, call.features, FEATURES)
-
-
-def _rows(t: Tensor) -> tuple[Tensor, int]:
-    """The tensor and its row stride; a copy of it where the leading axes have no common stride."""
-    hidden = t.shape[-1]
-    if t.is_contiguous():
-        return t, hidden
-    t = t.reshape(-1, hidden)
-    return t, t.stride(0)
 
 
 def forward(
@@ -43,8 +34,8 @@ def forward(
     residual_out = torch.empty_like(out) if store else None
     rstd = torch.empty(rows, dtype=torch.float32)
     mean = None if spec.rms else torch.empty(rows, dtype=torch.float32)
-    x, x_stride = _rows(x)
-    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
+    x, x_stride = as_rows(x)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
     _cpu.norm_forward(
         rows,
         hidden,
@@ -82,9 +73,9 @@ def backward(
     dweight = None if weight is None else torch.empty_like(weight)
     dbias = None if bias is None else torch.empty_like(bias)
     hidden = z.shape[-1]
-    z, z_stride = _rows(z)
-    dout, dout_stride = _rows(dout)
-    dresidual_out, dresidual_stride = (None, 0) if dresidual_out is None else _rows(dresidual_out)
+    z, z_stride = as_rows(z)
+    dout, dout_stride = as_rows(dout)
+    dresidual_out, dresidual_stride = (None, 0) if dresidual_out is None else as_rows(dresidual_out)
     _cpu.norm_backward(
         rstd.numel(),
         hidden,

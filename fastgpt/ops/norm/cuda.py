@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import cuda
+from fastgpt.ops.native import as_rows
 from fastgpt.ops.norm.spec import NormCall, NormSpec
 
 FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "dropout", "backward")
@@ -17,15 +18,6 @@ _cuda = cuda.load()
 
 def unsupported(call: NormCall) -> list[str]:
     return cuda.refusals(call.device, call.dtype, call.features, FEATURES)
-
-
-def _rows(t: Tensor) -> tuple[Tensor, int]:
-    """The tensor and its row stride; a copy of it where the leading axes have no common stride."""
-    hidden = t.shape[-1]
-    if t.is_contiguous():
-        return t, hidden
-    t = t.reshape(-1, hidden)
-    return t, t.stride(0)
 
 
 def forward(
@@ -43,8 +35,8 @@ def forward(
     residual_out = torch.empty_like(out) if store else None
     rstd = x.new_empty(rows, dtype=torch.float32)
     mean = None if spec.rms else torch.empty_like(rstd)
-    x, x_stride = _rows(x)
-    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
+    x, x_stride = as_rows(x)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
     _cuda.norm_forward(
         cuda.queue(x),
         rows,
@@ -93,9 +85,9 @@ def backward(
     partial_rows = _partial_rows(multiprocessors, rows, hidden)
     parameters = weight is not None or bias is not None
     partial = z.new_empty((2, partial_rows, hidden), dtype=torch.float32) if parameters else None
-    z, z_stride = _rows(z)
-    dout, dout_stride = _rows(dout)
-    dresidual_out, dresidual_stride = (None, 0) if dresidual_out is None else _rows(dresidual_out)
+    z, z_stride = as_rows(z)
+    dout, dout_stride = as_rows(dout)
+    dresidual_out, dresidual_stride = (None, 0) if dresidual_out is None else as_rows(dresidual_out)
     _cuda.norm_backward(
         cuda.queue(z),
         multiprocessors,

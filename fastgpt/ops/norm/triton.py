@@ -25,6 +25,7 @@ from torch import Tensor
 from fastgpt.ops import launch, philox
 from fastgpt.ops.device import cast, multiple, philox_keep
 from fastgpt.ops.launch import Config
+from fastgpt.ops.native import contiguous
 from fastgpt.ops.norm.spec import NormCall, NormSpec
 
 FEATURES = ("rms", "weight", "bias", "mixed_weight", "residual", "dropout", "backward")
@@ -480,10 +481,6 @@ def _plan(direction: str, hidden: int, *tensors: Tensor | None) -> tuple[Config,
     return config, launch.constants(_Constants, *sizes, launch.vector_multiple(*present)), long
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
@@ -513,7 +510,7 @@ def forward(
         x.device,
         *(x, out, rstd),
         _Tensors(
-            residual, residual_out, weight=weight, bias=bias, mean=mean, rng_state=_contiguous(rng_state)
+            residual, residual_out, weight=weight, bias=bias, mean=mean, rng_state=contiguous(rng_state)
         ),
         *(x.stride(0), _stride(residual), rows, hidden, spec.eps),
         *(philox.threshold(spec.dropout_p), 1 / (1 - spec.dropout_p)),
@@ -546,7 +543,7 @@ def backward(
     programs = min(most, triton.cdiv(rows, config.block_m))
     dweight, dbias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
     sums = [None if t is None else t.new_empty(programs, hidden, dtype=torch.float32) for t in (weight, bias)]
-    state = _contiguous(rng_state)
+    state = contiguous(rng_state)
     tensors = _Tensors(None, None, dresidual_out, dresidual, weight, None, sums[0], sums[1], mean, state)
     launch.launch(
         norm_backward_long if long else norm_backward,
