@@ -2,9 +2,10 @@
 
     python benchmarks/cuda_report.py --output benchmarks/results/cuda-compile-report.md
 
-Reads the machine code in fastgpt._cuda; no GPU is needed. Exits with 1 if a kernel spills, one of Hopper's
-does without its matrix units (HGMMA) or copy engine (UTMALDG), or the module has none for a chip of CHIPS,
-with 2 if there is nothing to read. Shared memory is what a kernel has beside
+Reads the machine code in fastgpt._cuda; no GPU is needed. Exits with 1 if a kernel spills, one of
+WARP_SPECIALISED is not there, does without Hopper's matrix units (HGMMA) or copy engine (UTMALDG), waits for
+each product before it issues the next, or has not the registers that it shares out anew, or if the module has
+no kernel for a chip of CHIPS; with 2 if there is nothing to read. Shared memory is what a kernel has beside
 the dynamic one that its launch asks for.
 """
 
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHIPS = ("sm_80", "sm_90", "sm_90a")
-HOPPER = ("HGMMA", "UTMALDG")
+HOPPER = ("HGMMA", "UTMALDG", "DEPBAR")  # the last one: waits for products
+WARP_SPECIALISED = ("attention_forward_kernel", "attention_backward_kernel")
+REGISTERS = 168  # kLaunchedRegisters in csrc/cuda/attention_tiles.h
 
 
 class Row(NamedTuple):
@@ -66,7 +69,7 @@ def rows(cuobjdump: str, module: str) -> list[Row]:
         if match := re.match(r"\s*Function : (.*)", line):
             counted = hopper.setdefault(_short(match[1]), dict.fromkeys(HOPPER, 0))
         for name in HOPPER:
-            if re.search(rf"\b{name}\b", line):
+            if re.search(rf"\b{'WARPGROUP.DEPBAR' if name == 'DEPBAR' else name}\b", line):
                 counted[name] += 1
     found, chip, kernel = [], "", ""
     for line in _unmangled(usage):
@@ -76,7 +79,7 @@ def rows(cuobjdump: str, module: str) -> list[Row]:
             kernel = _short(match[1])
         elif "REG:" in line:
             n = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-            used = hopper[kernel] if chip == "sm_90a" else {}
+            used = hopper[kernel] if chip == "sm_90a" and kernel.startswith(WARP_SPECIALISED) else {}
             text = ", ".join(f"{count} {name}" for name, count in used.items())
             found.append(Row(chip, kernel, n["REG"], n["STACK"] + n["LOCAL"], n["SHARED"], text))
     return sorted(found)
@@ -84,11 +87,15 @@ def rows(cuobjdump: str, module: str) -> list[Row]:
 
 def faults(table: list[Row]) -> list[str]:
     missing = [f"no kernel for {chip}" for chip in CHIPS if chip not in {row.chip for row in table}]
-    missing += [
-        f"{row.chip} {row.kernel} has {row.instructions}"
-        for row in table
-        if row.chip == "sm_90a" and re.search(r"\b0 ", row.instructions)
-    ]
+    for name in WARP_SPECIALISED:
+        kernels = [row for row in table if row.chip == "sm_90a" and row.kernel.startswith(name)]
+        missing += [] if kernels else [f"no {name} for sm_90a"]
+        for row in kernels:
+            products, copies, waits = (int(n) for n in re.findall(r"\d+", row.instructions))
+            if not products or not copies or waits > products // 4:
+                missing.append(f"{row.kernel} has {row.instructions}")
+            if row.registers != REGISTERS:
+                missing.append(f"{row.kernel} is launched with {row.registers} registers, not {REGISTERS}")
     return missing + [f"{row.chip} {row.kernel} spills {row.spilled} bytes" for row in table if row.spilled]
 
 

@@ -1,6 +1,6 @@
 # The CUDA kernels: sources, and what each is compiled for. nvcc is enough: no GPU, no CUDA build of torch.
 set(cuda_sources runtime.cu norm.cu decode.cu)
-set(hopper_sources attention_forward.cu hopper.cu) # instructions that no other chip has
+set(hopper_sources attention_forward.cu attention_backward.cu hopper.cu) # instructions that no other chip has
 list(TRANSFORM cuda_sources PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
 list(TRANSFORM hopper_sources PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
 

@@ -17,26 +17,25 @@
 // thread block's, so two runs give the same bits, whatever else is in the batch. Rows of a tile beyond the
 // last query are computed and not stored.
 //
-// Held by tests/test_attention.py in the emulator; not yet run on a GPU.
+// Held by tests/test_attention_cuda.py in the emulator; not yet run on a GPU.
 
 #include "attention.h"
 
 #include <climits>
 #include <cmath>
-#include <string>
 
-#include "hopper.h"
+#include "attention_tiles.h"
 #include "launch.h"
 
 namespace fastgpt {
 namespace {
 
-constexpr int kQueries = 128, kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups), kStages = 2;
+constexpr int kQueries = 128, kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups);
 // Registers of a thread when the warpgroups have shared out what the block was given.
 constexpr int kCopying = 40, kComputing = 232;
+static_assert(kCopying + kWarpgroups * kComputing <= kLaunchedRegisters * (1 + kWarpgroups));
 // Named barriers: whose turn it is to issue products, and of a warpgroup's own threads.
 constexpr int kTurn = 1, kOwn = kTurn + kWarpgroups;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <int D>
 constexpr int kKeys = D == 256 ? 64 : 128;
@@ -50,7 +49,7 @@ struct Shared {
   struct Keys {
     T tiles[D / kTileColumns][kKeys<D>][kTileColumns];
   } k[kStages], v[kStages];
-  Barrier q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_landed;
+  Mbarrier q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_landed;
 };
 
 struct Params : AttentionParams {
@@ -60,12 +59,7 @@ struct Params : AttentionParams {
   bool packed;          // out's rows beyond the last query are another sequence's
   bool ends_inside;     // keys end before their tensor's rows do, or their sequence's
 
-  std::string describe() const {
-    return "batch " + std::to_string(batch) + ", " + std::to_string(seqlen_q) + " queries, " +
-           std::to_string(seqlen_k) + " keys, heads " + std::to_string(nheads) + " of " +
-           std::to_string(nheads_k) + ", headdim " + std::to_string(headdim) +
-           (dtype == DType::bf16 ? ", bf16" : ", fp16");
-  }
+  std::string describe() const { return fastgpt::describe(*this); }
 };
 
 // A tile of queries, and the blocks of keys that they see: [first, end), of which all see [full, full_end)
@@ -75,20 +69,6 @@ struct Work {
   int queries, keys;
   int first, full, full_end, end;
 };
-
-__device__ __forceinline__ int of_sequence(const Params& p, int block, int& b) {
-  // Sequence b's blocks start at cu_seqlens_q[b] / kQueries + b: room for all that it can have.
-  int low = 0, high = static_cast<int>(p.batch);
-  while (high - low > 1) {
-    int middle = (low + high) / 2;
-    if (p.cu_seqlens_q[middle] / kQueries + middle <= block)
-      low = middle;
-    else
-      high = middle;
-  }
-  b = low;
-  return block - (p.cu_seqlens_q[low] / kQueries + low);
-}
 
 // Tiles with the most to do first, where masks are causal: the last of each head. A section of heads is done
 // with before the next begins, as its keys and values stay in the cache.
@@ -100,7 +80,7 @@ __device__ __forceinline__ Work work(const Params& p, int tile) {
   Work w{};
   w.h = slice % static_cast<int>(p.nheads);
   w.b = slice / static_cast<int>(p.nheads);
-  if (p.packed) block = of_sequence(p, block, w.b);
+  if (p.packed) block = of_sequence(p.cu_seqlens_q, p.batch, kQueries, block, w.b);
   w.query = block * kQueries;
   w.queries = static_cast<int>(p.queries(w.b));
   w.keys = static_cast<int>(p.keys(w.b));
@@ -115,17 +95,6 @@ __device__ __forceinline__ Work work(const Params& p, int tile) {
   w.full_end = static_cast<int>(mask.end(w.query)) / kKeys<D>;
   return w;
 }
-
-// The place in a ring of kStages buffers.
-struct Ring {
-  int stage = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Brings all that the block's tiles read: one warp, of which one lane issues the copies.
 template <class T, int D>
@@ -143,26 +112,26 @@ struct Loader {
 
   __device__ __forceinline__ void load_queries(const Work& w) {
     if (!leads) return;
-    barrier_arrive_expecting(&s.q_full, kQueries * kRowBytes);
+    mbarrier_arrive_expect(&s.q_full, kQueries * kRowBytes);
     int row = static_cast<int>(p.first_query_row(w.b)) + w.query, b = p.packed ? 0 : w.b;
 #pragma unroll 1  // a loader has few registers
     for (int t = 0; t < D / kTileColumns; t++)
-      copy_tile(s.q.tiles[t], &p.q_map, &s.q_full, t * kTileColumns, row, w.h, b);
+      tma_load(s.q.tiles[t], &p.q_map, &s.q_full, t * kTileColumns, row, w.h, b);
   }
 
   __device__ __forceinline__ void copy_rows(typename Shared<T, D>::Keys& to, const TensorMap* map,
-                                            Barrier* barrier, const Work& w, int n) {
+                                            Mbarrier* barrier, const Work& w, int n) {
     int row = static_cast<int>(p.first_key_row(w.b)) + n * kKeys<D>, b = p.cu_seqlens_k ? 0 : w.b;
     int head = w.h / static_cast<int>(p.nheads / p.nheads_k);
 #pragma unroll 1  // a loader has few registers
     for (int t = 0; t < D / kTileColumns; t++)
-      copy_tile(to.tiles[t], map, barrier, t * kTileColumns, row, head, b);
+      tma_load(to.tiles[t], map, barrier, t * kTileColumns, row, head, b);
   }
 
   __device__ __forceinline__ void load_keys(const Work& w, int n) {
     if (leads) {
-      barrier_wait(&s.k_empty[k.stage], k.parity ^ 1);
-      barrier_arrive_expecting(&s.k_full[k.stage], kKeys<D> * kRowBytes);
+      mbarrier_wait(&s.k_empty[k.stage], k.parity ^ 1);
+      mbarrier_arrive_expect(&s.k_full[k.stage], kKeys<D> * kRowBytes);
       copy_rows(s.k[k.stage], &p.k_map, &s.k_full[k.stage], w, n);
     }
     k.next();
@@ -172,22 +141,20 @@ struct Loader {
   __device__ __forceinline__ void load_values(const Work& w, int n) {
     int valid = w.keys - n * kKeys<D>;
     bool cleared = p.ends_inside && valid < kKeys<D>;
-    Barrier* full = &s.v_full[v.stage];
+    Mbarrier* full = &s.v_full[v.stage];
     if (leads) {
-      barrier_wait(&s.v_empty[v.stage], v.parity ^ 1);
-      barrier_arrive_expecting(cleared ? &s.v_landed : full, kKeys<D> * kRowBytes);
+      mbarrier_wait(&s.v_empty[v.stage], v.parity ^ 1);
+      mbarrier_arrive_expect(cleared ? &s.v_landed : full, kKeys<D> * kRowBytes);
       copy_rows(s.v[v.stage], &p.v_map, cleared ? &s.v_landed : full, w, n);
     }
     if (cleared) {
-      barrier_wait(&s.v_landed, landed);
+      __syncwarp();  // the copy is under way
+      mbarrier_wait(&s.v_landed, landed);
       landed ^= 1;
-#pragma unroll 1
-      for (int t = 0; t < D / kTileColumns; t++)
-        for (int at = valid * 8 + static_cast<int>(threadIdx.x); at < kKeys<D> * 8; at += 32)
-          reinterpret_cast<uint4*>(s.v[v.stage].tiles[t])[at] = uint4{0, 0, 0, 0};
-      fence_shared_for_copies();
+      clear_rows(s.v[v.stage].tiles, valid, static_cast<int>(threadIdx.x));
+      fence_proxy_async();
       __syncwarp();
-      if (leads) barrier_arrive(full);
+      if (leads) mbarrier_arrive(full);
     }
     v.next();
   }
@@ -198,9 +165,13 @@ struct Loader {
       Work w = work<D>(p, tile);
       bool any = w.first < w.end;
       if (any) load_keys(w, w.end - 1);
-      if (leads) barrier_wait(&s.q_empty, q_parity);
+      if (leads) mbarrier_wait(&s.q_empty, q_parity);
       q_parity ^= 1;
-      if (!any) continue;
+      if (!any) {
+        if (leads)
+          mbarrier_arrive(&s.q_full);  // else those who compute could be two tiles on, and not be noticed
+        continue;
+      }
       load_queries(w);
       for (int n = w.end - 2; n >= w.first; n--) {
         load_keys(w, n);
@@ -210,16 +181,6 @@ struct Loader {
     }
   }
 };
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-#ifdef FASTGPT_EMULATE
-  return __builtin_exp2f(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
 
 // The greatest, or the sum, of the four threads that share a row.
 __device__ __forceinline__ float quad_max(float x) {
@@ -253,28 +214,31 @@ struct Computer {
   __device__ __forceinline__ int row() const { return 64 * group + 16 * warp + lane / 4; }
 
   __device__ __forceinline__ void issue_scores(float (&scores)[N / 2]) {
-    product_begin();
+    int own = 64 * group;
+    forget(own);  // addresses are computed anew every time: there are no registers to keep them in
+    wgmma_fence();
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
       int t = c / 4, bytes = c % 4 * 32;
-      product_shared<T, N>(scores, matrix(matrix_address(s.q.tiles[t][64 * group]) + bytes),
-                           matrix(matrix_address(s.k[k.stage].tiles[t]) + bytes), c > 0);
+      wgmma_shared<T, N>(scores, descriptor(operand_address(s.q.tiles[t][own]) + bytes),
+                         descriptor(operand_address(s.k[k.stage].tiles[t]) + bytes), c > 0);
     }
-    product_commit();
+    wgmma_commit();
   }
 
   __device__ __forceinline__ void issue_out() {
-    product_begin();
+    wgmma_fence();
 #pragma unroll
     for (int c = 0; c < N / 16; c++)
-      product_registers<T, D>(o, probabilities[c],
-                              matrix(matrix_address(s.v[v.stage].tiles[0][16 * c]), N * kTileRowBytes), true);
-    product_commit();
+      wgmma_registers<T, D>(o, probabilities[c],
+                            descriptor(operand_address(s.v[v.stage].tiles[0][16 * c]), N * kTileRowBytes),
+                            true);
+    wgmma_commit();
   }
 
   // Of the warpgroup's warps, each says once that it has read a buffer.
-  __device__ __forceinline__ void release(Barrier* barrier) {
-    if (lane == 0) barrier_arrive(barrier);
+  __device__ __forceinline__ void release(Mbarrier* barrier) {
+    if (lane == 0) mbarrier_arrive(barrier);
   }
 
   // At edges alone: what it takes is computed anew there, and not kept in registers between.
@@ -320,15 +284,6 @@ struct Computer {
     }
   }
 
-  // The scores' layout as accumulators is that of a factor in registers.
-  __device__ __forceinline__ void round_probabilities(const float (&scores)[N / 2]) {
-#pragma unroll
-    for (int c = 0; c < N / 16; c++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        probabilities[c][i] = pack_pair<T>(scores[8 * c + 2 * i], scores[8 * c + 2 * i + 1]);
-  }
-
   // A scale that is not positive cannot follow the maximum: the scores are multiplied before.
   __device__ __forceinline__ float scale(float (&scores)[N / 2]) {
     if (p.softmax_scale > 1e-37f) return p.softmax_scale * kLog2E;
@@ -339,47 +294,44 @@ struct Computer {
 
   __device__ __forceinline__ void attend(const Work& w) {
     float scores[N / 2], alpha[2], factor;
-    barrier_wait(&s.q_full, q_parity);
-    q_parity ^= 1;
-
-    barrier_wait(&s.k_full[k.stage], k.parity);
+    mbarrier_wait(&s.k_full[k.stage], k.parity);
     issue_scores(scores);
-    product_wait<0>();
-    product_settled(scores);
+    wgmma_wait<0>();
+    wgmma_done(scores);
     release(&s.k_empty[k.stage]);
     k.next();
     factor = scale(scores);
     int n = w.end - 1;
     if (n >= w.full_end || n < w.full) mask(w, scores, n);
     softmax(scores, factor, alpha);
-    round_probabilities(scores);
+    round_factors<T, N>(probabilities, scores);
 
     for (n--; n >= w.first; n--) {
-      barrier_wait(&s.k_full[k.stage], k.parity);
+      mbarrier_wait(&s.k_full[k.stage], k.parity);
       named_barrier_sync(kTurn + group, 256);
       issue_scores(scores);
-      barrier_wait(&s.v_full[v.stage], v.parity);
+      mbarrier_wait(&s.v_full[v.stage], v.parity);
       issue_out();
       named_barrier_arrive(kTurn + (group + 1) % kWarpgroups, 256);
-      product_wait<1>();
-      product_settled(scores);
+      wgmma_wait<1>();
+      wgmma_done(scores);
       release(&s.k_empty[k.stage]);
       k.next();
       factor = scale(scores);
       if (n >= w.full_end || n < w.full) mask(w, scores, n);
       softmax(scores, factor, alpha);
-      product_wait<0>();
-      product_settled(o);
+      wgmma_wait<0>();
+      wgmma_done(o);
       release(&s.v_empty[v.stage]);
       v.next();
 #pragma unroll
       for (int i = 0; i < D / 2; i++) o[i] *= alpha[i % 4 / 2];
-      round_probabilities(scores);
+      round_factors<T, N>(probabilities, scores);
     }
-    barrier_wait(&s.v_full[v.stage], v.parity);
+    mbarrier_wait(&s.v_full[v.stage], v.parity);
     issue_out();
-    product_wait<0>();
-    product_settled(o);
+    wgmma_wait<0>();
+    wgmma_done(o);
     release(&s.v_empty[v.stage]);
     v.next();
   }
@@ -401,39 +353,11 @@ struct Computer {
         p.lse[p.lse_row(w.b, w.h) + query] = sum == 0.0f ? -INFINITY : top + logf(sum);
     }
 
-    bool whole = w.query + kQueries <= w.queries;
-    named_barrier_sync(kOwn + group, 128);  // all have read their queries
-    if (p.packed && !whole) {
-      T* out = static_cast<T*>(p.out.data) + w.h * p.out.head_stride;
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        int query = w.query + row() + 8 * r;
-        if (query >= w.queries) continue;
-        T* to = out + (p.first_query_row(w.b) + query) * p.out.seq_stride + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < D / 8; i++)
-          *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_pair<T>(o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < D / 8; i++) {
-        auto* tile = reinterpret_cast<unsigned char*>(s.q.tiles[i / 8]);
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-          *reinterpret_cast<uint32_t*>(tile + tile_offset(row() + 8 * r, i % 8) + lane % 4 * 4) =
-              pack_pair<T>(o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);
-      }
-      fence_shared_for_copies();
-      named_barrier_sync(kOwn + group, 128);
-      if (warp == 0 && lane == 0) {
-        int at = static_cast<int>(p.first_query_row(w.b)) + w.query + 64 * group, b = p.packed ? 0 : w.b;
-        for (int t = 0; t < D / kTileColumns; t++)
-          store_tile(&p.out_map, s.q.tiles[t][64 * group], t * kTileColumns, at, w.h, b);
-        commit_stores();
-        wait_stores_read();
-      }
-    }
-    if (warp == 0 && lane == 0) barrier_arrive(&s.q_empty);
+    named_barrier_sync(kOwn + group, 128);                        // all have read their queries
+    int rows = p.packed ? w.queries - w.query - 64 * group : 64;  // those after them are another sequence's
+    store_rows<T, D>(s.q.tiles, o, group, warp, lane, kOwn + group, &p.out_map, p.out,
+                     p.first_query_row(w.b) + w.query + 64 * group, rows, w.h, p.packed ? 0 : w.b);
+    if (warp == 0 && lane == 0) mbarrier_arrive(&s.q_empty);
   }
 
   __device__ __forceinline__ void run() {
@@ -449,6 +373,8 @@ struct Computer {
         m[r] = -INFINITY;
         l[r] = 0.0f;
       }
+      mbarrier_wait(&s.q_full, q_parity);
+      q_parity ^= 1;
       if (w.first < w.end) attend(w);
       store(w);
     }
@@ -460,24 +386,26 @@ __global__ void __launch_bounds__(kThreads, 1) attention_forward_kernel(const __
   auto& s = *shared_memory<Shared<T, D>>();
   int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
-    for (const TensorMap* map : {&p.q_map, &p.k_map, &p.v_map, &p.out_map}) prefetch(map);
-    barrier_init(&s.q_full, 1);
-    barrier_init(&s.q_empty, kWarpgroups);
-    barrier_init(&s.v_landed, 1);
+    for (const TensorMap* map : {&p.q_map, &p.out_map}) prefetch(map);
+    if (p.seqlen_k > 0)
+      for (const TensorMap* map : {&p.k_map, &p.v_map}) prefetch(map);
+    mbarrier_init(&s.q_full, 1);
+    mbarrier_init(&s.q_empty, kWarpgroups);
+    mbarrier_init(&s.v_landed, 1);
     for (int i = 0; i < kStages; i++) {
-      barrier_init(&s.k_full[i], 1);
-      barrier_init(&s.v_full[i], 1);
-      barrier_init(&s.k_empty[i], 4 * kWarpgroups);
-      barrier_init(&s.v_empty[i], 4 * kWarpgroups);
+      mbarrier_init(&s.k_full[i], 1);
+      mbarrier_init(&s.v_full[i], 1);
+      mbarrier_init(&s.k_empty[i], 4 * kWarpgroups);
+      mbarrier_init(&s.v_empty[i], 4 * kWarpgroups);
     }
-    fence_barrier_init();
+    fence_mbarrier_init();
   }
   __syncthreads();
   if (thread < 128) {
-    give_registers<kCopying>();
+    setmaxnreg_dec<kCopying>();
     if (thread < 32) Loader<T, D>(p, s, thread == 0).run();
   } else {
-    take_registers<kComputing>();
+    setmaxnreg_inc<kComputing>();
     Computer<T, D>(p, s, thread - 128).run();
   }
 }

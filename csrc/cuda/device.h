@@ -50,6 +50,25 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 #endif
 
+// Numbers in global memory by which blocks wait for each other. Who has waited sees what the thread that set
+// the flag, and those that it met at a barrier before, have done.
+#ifdef FASTGPT_EMULATE
+inline void flag_set(int* flag, int value) { *flag = value; }
+inline void flag_wait(const int* flag, int value, FASTGPT_WHERE("flag_wait")) {
+  emulated::wait_until(where, [flag, value] { return *flag == value; });
+}
+#else
+__device__ __forceinline__ void flag_set(int* flag, int value) {
+  __threadfence();  // of what other threads of the block have done, too
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ void flag_wait(const int* flag, int value) {
+  int found;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+  while (found != value);
+}
+#endif
+
 // The compiler computes anew what depends on x, which is as it was.
 __device__ __forceinline__ void forget([[maybe_unused]] int& x) {
 #ifndef FASTGPT_EMULATE

@@ -201,6 +201,11 @@ inline int __all_sync(uint32_t mask, int predicate, FASTGPT_WHERE("__all_sync"))
 }
 
 inline void __threadfence() {}
+inline int atomicAdd(int* address, int value) {
+  int before = *address;
+  *address += value;
+  return before;
+}
 inline void __threadfence_block() {}
 
 template <class T>

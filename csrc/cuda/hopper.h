@@ -42,7 +42,7 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
 
 // A barrier in shared memory: its phase ends when as many threads as it was made for have arrived and all
 // bytes that they have announced are there.
-struct Barrier {
+struct Mbarrier {
   uint64_t bits;
 };
 
@@ -53,7 +53,7 @@ struct BarrierState {
   uint16_t threads, missing;
   int32_t bytes_and_phase;  // 2 · bytes that are still missing + phase
 };
-inline BarrierState& state_of(Barrier* barrier, Where where) {
+inline BarrierState& state_of(Mbarrier* barrier, Where where) {
   auto* state = reinterpret_cast<BarrierState*>(barrier);
   if (state->threads == 0xffff) fail(where, "the barrier was not initialized");
   return *state;
@@ -70,7 +70,14 @@ struct Copy {
   unsigned char* to;
   int column, row, head, sequence;
 };
-inline std::map<Barrier*, std::vector<Copy>> copies;  // on their way, by the barrier that waits for them
+struct BytesCopy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+// On their way, by the barrier that waits for them.
+inline std::map<Mbarrier*, std::vector<Copy>> copies;
+inline std::map<Mbarrier*, std::vector<BytesCopy>> bytes_copies;
 
 inline int64_t swizzled(int64_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
@@ -95,22 +102,23 @@ inline void move(const Copy& copy, bool store) {
 
 }  // namespace emulated
 
-inline void barrier_init(Barrier* barrier, int threads) {
+inline void mbarrier_init(Mbarrier* barrier, int threads) {
   emulated::copies[barrier].clear();
+  emulated::bytes_copies[barrier].clear();
   uint16_t n = static_cast<uint16_t>(threads);
   *reinterpret_cast<emulated::BarrierState*>(barrier) = {n, n, 0};
 }
-inline void barrier_arrive(Barrier* barrier, FASTGPT_WHERE("barrier_arrive")) {
+inline void mbarrier_arrive(Mbarrier* barrier, FASTGPT_WHERE("mbarrier_arrive")) {
   auto& state = emulated::state_of(barrier, where);
   if (state.missing == 0) emulated::fail(where, "all threads of the barrier have arrived before");
   state.missing--;
   emulated::settle(state);
 }
-inline void barrier_arrive_expecting(Barrier* barrier, int bytes, FASTGPT_WHERE("barrier_arrive_expecting")) {
+inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes, FASTGPT_WHERE("mbarrier_arrive_expect")) {
   emulated::state_of(barrier, where).bytes_and_phase += 2 * bytes;
-  barrier_arrive(barrier, where);
+  mbarrier_arrive(barrier, where);
 }
-inline void barrier_wait(Barrier* barrier, int parity, FASTGPT_WHERE("barrier_wait")) {
+inline void mbarrier_wait(Mbarrier* barrier, int parity, FASTGPT_WHERE("mbarrier_wait")) {
   auto& state = emulated::state_of(barrier, where);
   emulated::wait_until(where, [&state, barrier, parity] {
     std::vector<emulated::Copy> landing;
@@ -119,29 +127,45 @@ inline void barrier_wait(Barrier* barrier, int parity, FASTGPT_WHERE("barrier_wa
       emulated::move(copy, false);
       state.bytes_and_phase -= 2 * copy.map->rows * kTileRowBytes;
     }
-    if (!landing.empty()) emulated::settle(state);
+    std::vector<emulated::BytesCopy> bytes_landing;
+    bytes_landing.swap(emulated::bytes_copies[barrier]);
+    for (const emulated::BytesCopy& copy : bytes_landing) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      state.bytes_and_phase -= 2 * copy.bytes;
+    }
+    if (!landing.empty() || !bytes_landing.empty()) emulated::settle(state);
     return (state.bytes_and_phase & 1) != parity;
   });
 }
-inline void fence_barrier_init() {}
-inline void fence_shared_for_copies() {}
+inline void fence_mbarrier_init() {}
+inline void fence_proxy_async() {}
 
-inline void copy_tile(void* to, const TensorMap* map, Barrier* barrier, int column, int row, int head,
-                      int sequence) {
+inline void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, int column, int row, int head,
+                     int sequence) {
   emulated::copies[barrier].push_back({map, static_cast<unsigned char*>(to), column, row, head, sequence});
 }
-inline void store_tile(const TensorMap* map, const void* from, int column, int row, int head, int sequence) {
+inline void bulk_load(void* to, const void* from, int bytes, Mbarrier* barrier, FASTGPT_WHERE("bulk_load")) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes)) %
+      16)
+    emulated::fail(where, "an address or the size is no multiple of 16 bytes");
+  emulated::bytes_copies[barrier].push_back({to, from, bytes});
+}
+inline void red_add(float* to, float4 x, FASTGPT_WHERE("red_add")) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) emulated::fail(where, "the address is no multiple of 16 bytes");
+  to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
+}
+inline void tma_store(const TensorMap* map, const void* from, int column, int row, int head, int sequence) {
   auto* memory = const_cast<unsigned char*>(static_cast<const unsigned char*>(from));
   emulated::move({map, memory, column, row, head, sequence}, true);
 }
-inline void commit_stores() {}
-inline void wait_stores_read() {}
+inline void tma_commit() {}
+inline void tma_wait_read() {}
 inline void prefetch(const TensorMap*) {}
 
 template <int kRegisters>
-inline void take_registers() {}
+inline void setmaxnreg_inc() {}
 template <int kRegisters>
-inline void give_registers() {}
+inline void setmaxnreg_dec() {}
 
 #else
 
@@ -149,21 +173,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ void barrier_init(Barrier* barrier, int threads) {
+__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int threads) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(threads)
                : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
+__device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive_expecting(Barrier* barrier, int bytes) {
+__device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
 // Until the phase of this parity, 0 first, has ended; of one that has not begun, returns at once for
 // parity 1.
-__device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred ended;\n"
@@ -174,18 +198,18 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-// Makes barrier_init visible to copies.
-__device__ __forceinline__ void fence_barrier_init() {
+// Makes mbarrier_init visible to copies.
+__device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 // What this thread has written to shared memory is what copies and products that follow a barrier read.
-__device__ __forceinline__ void fence_shared_for_copies() {
+__device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // A tile that begins at this column and row; the barrier counts its bytes, those beyond the tensor, too.
-__device__ __forceinline__ void copy_tile(void* to, const TensorMap* map, Barrier* barrier, int column,
-                                          int row, int head, int sequence) {
+__device__ __forceinline__ void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, int column,
+                                         int row, int head, int sequence) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
       "%6}], "
@@ -193,16 +217,30 @@ __device__ __forceinline__ void copy_tile(void* to, const TensorMap* map, Barrie
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(sequence)
       : "memory");
 }
-__device__ __forceinline__ void store_tile(const TensorMap* map, const void* from, int column, int row,
-                                           int head, int sequence) {
+// So many bytes, in order; they and the addresses are multiples of 16.
+__device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes, Mbarrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+// Adds to four numbers in global memory, at a multiple of 16 bytes, each at once; nothing waits for it.
+__device__ __forceinline__ void red_add(float* to, float4 x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y),
+               "f"(x.z), "f"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ void tma_store(const TensorMap* map, const void* from, int column, int row,
+                                          int head, int sequence) {
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
       "r"(shared_address(from)), "r"(column), "r"(row), "r"(head), "r"(sequence)
       : "memory");
 }
-__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until this thread's stores have read shared memory.
-__device__ __forceinline__ void wait_stores_read() {
+__device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until this thread's stores have read shared memory; they may not be seen in global memory yet.
+__device__ __forceinline__ void tma_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 __device__ __forceinline__ void prefetch(const TensorMap* map) {
@@ -210,25 +248,28 @@ __device__ __forceinline__ void prefetch(const TensorMap* map) {
 }
 
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 #endif
 
-// A matrix operand in shared memory, in tiles of 64 columns (TensorMap). Along k, which columns are: rows of
-// the matrix are rows of the tile. Across: columns of the matrix are rows of the tile, and the tiles of its
-// next 64 rows lie `apart` bytes on. Groups of 8 rows of a tile are 1024 bytes.
-__device__ __forceinline__ uint64_t matrix(uint32_t address, uint32_t apart = 16) {
-  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{apart >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
+// wgmma's descriptor of an operand in shared memory, in tiles of 64 columns (TensorMap). K-major: rows of the
+// operand are rows of the tile. M- or N-major (transposed): its columns are rows of the tile, and the tiles
+// of its next 64 rows lie `leading_bytes` on. Groups of 8 rows of a tile, the stride, are 1024 bytes.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading_bytes = 16) {
+  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{leading_bytes >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
          uint64_t{1} << 62;
 }
 
-// Products of a warpgroup, asynchronous: after product_begin, those up to product_commit are a group, and
-// product_wait<n> waits for all groups but the last n. Between, the operands and accumulators belong to them.
+// Products of a warpgroup, asynchronous: after wgmma_fence, which is needed wherever the program has written
+// accumulators or factors in registers, those up to wgmma_commit are a group, and wgmma_wait<n> waits for all
+// groups but the last n. Between, the operands and accumulators belong to them. By their operands:
+// wgmma_shared has both in shared memory, K-major, wgmma_transposed M- and N-major, wgmma_registers a in
+// registers and b N-major.
 //
 // d (64, N) += a (64, 16) · b (16, N), or d = a · b without `accumulate`. Of d each thread has N / 2
 // elements: of rows r = 16 · warp + lane / 4 and r + 8, d[4 i + e] is of row r + 8 (e / 2) and column 8 i + 2
@@ -242,7 +283,7 @@ struct Product {
   const uint32_t* a[kWarpgroup];  // null: a_matrix
   uint64_t a_matrix, b_matrix;
   int n;
-  bool b_across, accumulate, is_bf16;
+  bool a_transposed, b_transposed, accumulate, is_bf16;
 };
 struct Products {
   std::vector<Product> open;
@@ -258,18 +299,18 @@ inline float number(const unsigned char* address, bool is_bf16) {
   return is_bf16 ? to_float(bf16{bits}) : to_float(f16{bits});
 }
 // Element (row, k) of a matrix.
-inline float element(uint64_t matrix, int row, int k, bool across, bool is_bf16) {
+inline float element(uint64_t matrix, int row, int k, bool transposed, bool is_bf16) {
   int64_t start = (matrix & 0x3fff) << 4, apart = (matrix >> 16 & 0x3fff) << 4,
           groups = (matrix >> 32 & 0x3fff) << 4;
-  int64_t address = across ? row / 64 * apart + row % 64 * 2 + k / 8 * groups + k % 8 * 128
-                           : row / 8 * groups + row % 8 * 128 + k * 2;
+  int64_t address = transposed ? row / 64 * apart + row % 64 * 2 + k / 8 * groups + k % 8 * 128
+                               : row / 8 * groups + row % 8 * 128 + k * 2;
   return number(block.shared + swizzled(start + address), is_bf16);
 }
 
 inline void compute(Products& own, const Product& p) {
   std::vector<float> b(16 * p.n);
   for (int k = 0; k < 16; k++)
-    for (int c = 0; c < p.n; c++) b[k * p.n + c] = element(p.b_matrix, c, k, p.b_across, p.is_bf16);
+    for (int c = 0; c < p.n; c++) b[k * p.n + c] = element(p.b_matrix, c, k, p.b_transposed, p.is_bf16);
   std::vector<float>& values = own.values.at(p.d[0]);
   for (int row = 0; row < 64; row++) {
     int warp = row / 16, group = row % 8, half = row % 16 / 8;
@@ -280,7 +321,7 @@ inline void compute(Products& own, const Product& p) {
         uint16_t low = static_cast<uint16_t>(bits);
         a[k] = p.is_bf16 ? to_float(bf16{low}) : to_float(f16{low});
       } else {
-        a[k] = element(p.a_matrix, row, k, false, p.is_bf16);
+        a[k] = element(p.a_matrix, row, k, p.a_transposed, p.is_bf16);
       }
     }
     for (int c = 0; c < p.n; c++) {
@@ -296,15 +337,16 @@ inline void compute(Products& own, const Product& p) {
 }  // namespace emulated
 
 template <class T, int N>
-void product_issue(float (&d)[N / 2], const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool b_across,
-                   bool accumulate, emulated::Where where) {
+void wgmma_issue(float (&d)[N / 2], const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix,
+                 bool a_transposed, bool b_transposed, bool accumulate, emulated::Where where) {
   struct Own {
     float* d;
     const uint32_t* a;
   } own{d, a};
   emulated::warpgroup_wide(own, where, [&](Own* const(&threads)[128]) {
     emulated::Products& mine = emulated::products[emulated::thread->number / 128];
-    emulated::Product p{{}, {}, a_matrix, b_matrix, N, b_across, accumulate, dtype_of<T> == DType::bf16};
+    emulated::Product p{
+        {}, {}, a_matrix, b_matrix, N, a_transposed, b_transposed, accumulate, dtype_of<T> == DType::bf16};
     for (int i = 0; i < 128; i++) p.d[i] = threads[i]->d, p.a[i] = threads[i]->a;
     if (!mine.values.count(p.d[0])) {
       std::vector<float>& values = mine.values[p.d[0]];
@@ -318,17 +360,21 @@ void product_issue(float (&d)[N / 2], const uint32_t* a, uint64_t a_matrix, uint
   });
 }
 template <class T, int N>
-void product_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate,
-                    FASTGPT_WHERE("product_shared")) {
-  product_issue<T, N>(d, nullptr, a, b, false, accumulate, where);
+void wgmma_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, FASTGPT_WHERE("wgmma_shared")) {
+  wgmma_issue<T, N>(d, nullptr, a, b, false, false, accumulate, where);
 }
 template <class T, int N>
-void product_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
-                       FASTGPT_WHERE("product_registers")) {
-  product_issue<T, N>(d, a, 0, b, true, accumulate, where);
+void wgmma_transposed(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate,
+                      FASTGPT_WHERE("wgmma_transposed")) {
+  wgmma_issue<T, N>(d, nullptr, a, b, true, true, accumulate, where);
 }
-inline void product_begin() {}
-inline void product_commit(FASTGPT_WHERE("product_commit")) {
+template <class T, int N>
+void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
+                     FASTGPT_WHERE("wgmma_registers")) {
+  wgmma_issue<T, N>(d, a, 0, b, false, true, accumulate, where);
+}
+inline void wgmma_fence() {}
+inline void wgmma_commit(FASTGPT_WHERE("wgmma_commit")) {
   int none = 0;
   emulated::warpgroup_wide(none, where, [](int* const(&)[128]) {
     emulated::Products& mine = emulated::products[emulated::thread->number / 128];
@@ -337,7 +383,7 @@ inline void product_commit(FASTGPT_WHERE("product_commit")) {
   });
 }
 template <int kLeft>
-void product_wait(FASTGPT_WHERE("product_wait")) {
+void wgmma_wait(FASTGPT_WHERE("wgmma_wait")) {
   int none = 0;
   emulated::warpgroup_wide(none, where, [](int* const(&)[128]) {
     emulated::Products& mine = emulated::products[emulated::thread->number / 128];
@@ -359,25 +405,25 @@ void product_wait(FASTGPT_WHERE("product_wait")) {
   });
 }
 template <int N>
-void product_settled(float (&)[N]) {}
+void wgmma_done(float (&)[N]) {}
 
-inline uint32_t matrix_address(const void* pointer) {
+inline uint32_t operand_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emulated::block.shared);
 }
 #else
-__device__ __forceinline__ uint32_t matrix_address(const void* pointer) { return shared_address(pointer); }
+__device__ __forceinline__ uint32_t operand_address(const void* pointer) { return shared_address(pointer); }
 
-__device__ __forceinline__ void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void product_commit() {
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int kLeft>
-__device__ __forceinline__ void product_wait() {
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 // After a wait: the compiler must not have read the accumulators before it.
 template <int N>
-__device__ __forceinline__ void product_settled(float (&d)[N]) {
+__device__ __forceinline__ void wgmma_done(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -410,9 +456,9 @@ __device__ __forceinline__ void product_settled(float (&d)[N]) {
                ", accumulate, 1, 1" trailing ";\n}"                                              \
                : __VA_ARGS__)
 
-// a and b in shared memory, both along k.
+// a and b K-major, in shared memory.
 template <class T, int N>
-__device__ __forceinline__ void product_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   int scale = accumulate;
   constexpr bool is_bf16 = dtype_of<T> == DType::bf16;
   static_assert(N == 64 || N == 128);
@@ -431,10 +477,26 @@ __device__ __forceinline__ void product_shared(float (&d)[N / 2], uint64_t a, ui
 #undef FASTGPT_SHARED
 }
 
-// a in registers, b in shared memory across k.
+// a M-major and b N-major, in shared memory.
 template <class T, int N>
-__device__ __forceinline__ void product_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
-                                                  bool accumulate) {
+__device__ __forceinline__ void wgmma_transposed(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  int scale = accumulate;
+  static_assert(N == 64);
+#define FASTGPT_ACROSS(type)                                                                               \
+  FASTGPT_WGMMA("64", type, FASTGPT_NAMES_32, "%32, %33", "%34", ", 1, 1", FASTGPT_32(0) : "l"(a), "l"(b), \
+                "r"(scale))
+  if constexpr (dtype_of<T> == DType::bf16) {
+    FASTGPT_ACROSS("bf16.bf16");
+  } else {
+    FASTGPT_ACROSS("f16.f16");
+  }
+#undef FASTGPT_ACROSS
+}
+
+// a in registers, b N-major in shared memory.
+template <class T, int N>
+__device__ __forceinline__ void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
+                                                bool accumulate) {
   int scale = accumulate;
   constexpr bool is_bf16 = dtype_of<T> == DType::bf16;
   static_assert(N == 64 || N == 128 || N == 256);

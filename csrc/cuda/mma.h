@@ -70,6 +70,30 @@ __device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void
 }
 #endif
 
+// load_matrices the other way (sm_90).
+#ifdef FASTGPT_EMULATE
+inline void store_matrices(void* row, const uint32_t (&words)[4], FASTGPT_WHERE("stmatrix")) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulated::fail(where, "the row is not aligned to 16 bytes");
+  struct Rows {
+    void* row;
+    const uint32_t* words;
+  } own{row, words};
+  emulated::warp_wide(kAllLanes, own, where, [](Rows* const(&lanes)[32]) {
+    for (int i = 0; i < 32; i++)
+      for (int m = 0; m < 4; m++)
+        std::memcpy(static_cast<unsigned char*>(lanes[8 * m + i / 4]->row) + i % 4 * 4, &lanes[i]->words[m],
+                    4);
+  });
+}
+#else
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&words)[4]) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+#endif
+
 // d (16 by 8, fp32) += a (16 by 16) b (16 by 8), T fp16 or bf16. Of a lane,
 //   a: rows group, group + 8, group, group + 8 at columns 2 in_group, 2 in_group + 1, and 8 more for the last
 //   two b: rows 2 in_group, 2 in_group + 1, and 8 more for the second, of column group d: row group at

@@ -32,6 +32,34 @@ Queue queue_of(const PyQueue& queue) {
   return {std::get<0>(queue), reinterpret_cast<void*>(std::get<1>(queue))};
 }
 
+// cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch, softmax_scale, window_left, window_right
+typedef std::tuple<Data, Data, Data, Data, int64_t, float, int64_t, int64_t> PyAttention;
+
+template <class Params>
+Params attention_of(const Array& q, const Array& k, const Array& v, const Array& out, Data lse,
+                    const PyAttention& options) {
+  Params p{};
+  p.dtype = q.dtype();
+  p.seqlen_q = q.size(3);
+  p.seqlen_k = k.size(3);
+  p.nheads = q.size(2);
+  p.nheads_k = k.size(2);
+  p.headdim = p.headdim_v = q.size(1);
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.out = tensor(out);
+  p.lse = lse;
+  Data cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k;
+  std::tie(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, p.batch, p.softmax_scale, p.window_left,
+           p.window_right) = options;
+  p.cu_seqlens_q = cu_seqlens_q;
+  p.cu_seqlens_k = cu_seqlens_k;
+  p.seqused_k = seqused_k;
+  p.leftpad_k = leftpad_k;
+  return p;
+}
+
 CacheType cache_type_of(const Data& cache) {
   Element element = cache.element();
   return element == Element::int8   ? CacheType::int8
@@ -51,31 +79,27 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
   m.def("self_test", [](const std::string& name, Data out) { self_test(name, out); });
 #endif
 
-  m.def("attention_forward",
-        [](const PyQueue& queue, int multiprocessors, const Array& q, const Array& k, const Array& v,
-           const Array& out, Data lse, Data cu_seqlens_q, Data cu_seqlens_k, Data seqused_k, Data leftpad_k,
-           int64_t batch, float softmax_scale, int64_t window_left, int64_t window_right) {
-          AttentionParams p{};
-          p.dtype = q.dtype();
-          p.batch = batch;
-          p.seqlen_q = q.size(3);
-          p.seqlen_k = k.size(3);
-          p.nheads = q.size(2);
-          p.nheads_k = k.size(2);
-          p.headdim = p.headdim_v = q.size(1);
-          p.q = tensor(q);
-          p.k = tensor(k);
-          p.v = tensor(v);
-          p.out = tensor(out);
-          p.lse = lse;
-          p.softmax_scale = softmax_scale;
-          p.window_left = window_left;
-          p.window_right = window_right;
-          p.cu_seqlens_q = cu_seqlens_q;
-          p.cu_seqlens_k = cu_seqlens_k;
-          p.seqused_k = seqused_k;
-          p.leftpad_k = leftpad_k;
-          attention_forward(p, multiprocessors, queue_of(queue));
+  m.def("attention_forward", [](const PyQueue& queue, int multiprocessors, const Array& q, const Array& k,
+                                const Array& v, const Array& out, Data lse, const PyAttention& options) {
+    attention_forward(attention_of<AttentionParams>(q, k, v, out, lse, options), multiprocessors,
+                      queue_of(queue));
+  });
+
+  m.def("attention_backward_workspace", [](const Array& q, const Array& k, const PyAttention& options) {
+    return attention_backward_workspace(attention_of<AttentionBackwardParams>(q, k, k, q, {}, options));
+  });
+
+  m.def("attention_backward",
+        [](const PyQueue& queue, const Array& q, const Array& k, const Array& v, const Array& out, Data lse,
+           const Array& dout, Data dlse, const Array& dq, const Array& dk, const Array& dv, Data workspace,
+           const PyAttention& options) {
+          auto p = attention_of<AttentionBackwardParams>(q, k, v, out, lse, options);
+          p.dout = tensor(dout);
+          p.dlse = dlse;
+          p.dq = tensor(dq);
+          p.dk = tensor(dk);
+          p.dv = tensor(dv);
+          attention_backward(p, workspace, queue_of(queue));
         });
 
   m.def("norm_forward",

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import dispatch
+from fastgpt.ops import checks
 from fastgpt.ops.attention import reference
-from fastgpt.ops.attention.spec import FEATURES
+from fastgpt.ops.attention.spec import AttentionCall
 from fastgpt.verify.rule import Result, as_called
 
 
@@ -181,8 +182,41 @@ VARIANTS = {
 }
 
 
+# Head dims and lengths of matrix units' tiles: some blocks are whole, some end inside, some are empty.
+TILED = {
+    "tiled": Variant(_C(2, 257, 383, 4, 2, 128, 128)),
+    "tiled, not causal": Variant(_C(1, 300, 700, 3, 1, 64, 64, causal=False, layout="bhsd")),
+    "tiled, window": Variant(_C(1, 500, 500, 2, 2, 128, 128, window=(100, 0))),
+    "tiled, window, d 64": Variant(_C(1, 400, 300, 2, 1, 64, 64, causal=False, window=(70, 20))),
+    "tiled, window, d 256": Variant(_C(1, 129, 400, 2, 1, 256, 256, causal=False, window=(40, 150))),
+    "tiled, no queries": Variant(_C(2, 0, 40, 2, 2, 64, 64)),
+    "tiled, no keys": Variant(_C(2, 40, 0, 2, 2, 64, 64)),
+    "tiled, varlen": Variant(
+        _C(1, 530, 470, 4, 2, 128, 128), lengths_q=(1, 129, 0, 400), lengths_k=(0, 200, 20, 250)
+    ),
+    "tiled, varlen, not causal": Variant(
+        _C(1, 300, 340, 2, 1, 64, 64, causal=False), lengths_q=(170, 130), lengths_k=(300, 40)
+    ),
+    "tiled, varlen, d 256": Variant(
+        _C(1, 150, 150, 2, 1, 256, 256), lengths_q=(10, 140), lengths_k=(10, 140)
+    ),
+    "tiled, varlen, short": Variant(
+        _C(1, 40, 44, 2, 2, 64, 64), lengths_q=(3, 0, 5, 0, 0, 30, 2), lengths_k=(3, 4, 0, 5, 0, 30, 2)
+    ),
+    "tiled, key ranges": Variant(
+        _C(3, 150, 300, 2, 1, 128, 128), seqused_k=(300, 170, 0), leftpad_k=(0, 33, 0)
+    ),
+    "tiled, varlen, key ranges": Variant(
+        _C(1, 200, 400, 2, 2, 64, 64, window=(60, 0)),
+        lengths_q=(90, 110),
+        lengths_k=(250, 150),
+        seqused_k=(200, 150),
+        leftpad_k=(5, 140),
+    ),
+}
+
 # What the small ones do not reach: many blocks in both directions, the configurations of GPUs.
-MEDIUM = {
+MEDIUM = TILED | {
     "medium": Variant(_C(2, 1024, 1024, 8, 8, 64, 64)),
     "medium, grouped heads": Variant(_C(1, 2048, 2048, 8, 2, 128, 128)),
     "medium, d 256": Variant(_C(1, 1000, 1100, 4, 4, 256, 256)),
@@ -371,9 +405,10 @@ def plain_variant(
     return torch.cat(outs), torch.cat(lses)
 
 
-def has_backward(backend: str) -> bool:
-    """Whether the backend has gradients; where it has none, out and lse are judged."""
-    return "backward" in getattr(dispatch.implementation("attention", backend), "FEATURES", FEATURES)
+def has_backward(backend: str, q: Tensor, headdim_v: int) -> bool:
+    """Whether the backend has gradients of such calls; where it has none, out and lse are judged."""
+    call = AttentionCall(checks.device_type(q), q.dtype, q.shape[-1], headdim_v, ("backward",))
+    return not dispatch.implementation("attention", backend).unsupported(call)
 
 
 def run_variant(
@@ -407,7 +442,7 @@ def variant_results(
     dout = variant.case.laid_out(torch.randn(variant.case.batch, *q.shape[-3:-1], v.shape[-1]).to(dtype))
     dout = dout if q.dim() == 4 else dout[0]
     dlse = torch.randn(*(q.shape[1::-1] if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])))
-    grads = (dout, dlse) if has_backward(backend) else None
+    grads = (dout, dlse) if has_backward(backend, q, v.shape[-1]) else None
 
     def fused(backend: str) -> Attention:
         return lambda *tensors: fused_variant(*tensors, backend=backend, **fixed)
@@ -434,7 +469,8 @@ def case_results(case: AttentionCase, backend: str, dtype: torch.dtype) -> list[
     """(what, got, plain, exact) of out, lse and the gradients of q, k and v."""
     inputs = case.inputs(dtype)
     dout = torch.randn(case.batch, case.sq, case.nheads, case.headdim_v).to(dtype)
-    grads = (dout, torch.randn(case.batch, case.nheads, case.sq)) if has_backward(backend) else None
+    dlse = torch.randn(case.batch, case.nheads, case.sq)
+    grads = (dout, dlse) if has_backward(backend, inputs[0], case.headdim_v) else None
 
     def fused(q: Tensor, k: Tensor, v: Tensor) -> Any:
         window = {"causal": case.causal, "window_size": case.window}
