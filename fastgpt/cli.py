@@ -156,7 +156,7 @@ def parser() -> Parser:
     bench.add_argument(
         "--backend",
         choices=tuple(dispatch.BACKENDS),
-        help="default: the device's first kernels that are here",
+        help="default: every one with kernels for the device that is here",
     )
     bench.add_argument(
         "--budget",
@@ -237,16 +237,14 @@ def _check_device(device: str) -> None:
         raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device")
 
 
-def _default_backend(device: str) -> str:
-    reasons = []
-    for name in dispatch.AUTO_ORDER[device]:
-        if name in ("torch", "reference"):
-            continue
-        reason = dispatch.unavailable(name)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise CommandError(f"no fastgpt kernels for {device} here ({'; '.join(reasons)})")
+def _kernels(device: str) -> list[str]:
+    """The backends with kernels of fastgpt's own for the device that are here, in the order of `auto`."""
+    names = [name for name in dispatch.AUTO_ORDER[device] if name not in ("torch", "reference")]
+    reasons = {name: dispatch.unavailable(name) for name in names}
+    if here := [name for name in names if reasons[name] is None]:
+        return here
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise CommandError(f"no fastgpt kernels for {device} here ({why})")
 
 
 def _say(text: str) -> None:
@@ -273,12 +271,14 @@ def _progress(rows: Iterable[Labelled], total: int) -> Iterator[Labelled]:
 VERSIONS = ("cpu", "gpu", "torch", "triton", "fastgpt", "commit")  # what a run that is resumed has to share
 
 
-def _begun(args: argparse.Namespace, backend: str, facts: dict[str, str | int]) -> report.Report | None:
+def _begun(
+    args: argparse.Namespace, backends: list[str], facts: dict[str, str | int]
+) -> report.Report | None:
     """The report that is to be gone on with."""
     if not args.resume or not (args.json and args.json.exists()):
         return None
     begun = _loaded(args.json)
-    of = [(args.device, backend), (begun.device, begun.backend)]
+    of = [(args.device, ", ".join(backends)), (begun.device, begun.backend)]
     if of[0] != of[1] or any(facts.get(name) != begun.machine.get(name) for name in VERSIONS):
         raise CommandError(f"--resume: {args.json} is of another device, backend or version")
     return begun
@@ -287,6 +287,7 @@ def _begun(args: argparse.Namespace, backend: str, facts: dict[str, str | int]) 
 def _bench(args: argparse.Namespace) -> int:
     import dataclasses
     import datetime
+    import itertools
 
     import torch
 
@@ -297,42 +298,49 @@ def _bench(args: argparse.Namespace) -> int:
     _check_device(args.device)
     if args.device == "cpu" and "launch" in args.bench:
         raise CommandError("launch: measures how kernels are launched on a GPU: --device cuda")
-    backend = args.backend or _default_backend(args.device)
+    backends = [args.backend] if args.backend else _kernels(args.device)
     budget = QUICK_BUDGET if args.budget is None else args.budget
     rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, args.budget is None, args.device)
     facts = {**machine.describe(), "freed memory": machine.keep_freed_memory()}
-    done = _begun(args, backend, facts)
+    done = _begun(args, backends, facts)
     if done is None:
         seed = torch.seed()
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         _say("measuring this machine's own rates")
         ceilings = machine.ceilings(args.device, min(budget, CEILINGS_BUDGET))
-        done = report.Report(date, args.device, backend, budget, seed, facts, ceilings, ())
-    results = [result for result in done.results if result.status != "failed"]
-    had = {result.key for result in results}
-    rows = [row for row in rows if row.key not in had]
+        done = report.Report(date, args.device, ", ".join(backends), budget, seed, facts, ceilings, ())
+    results: dict[tuple[str, ...], list[harness.Result]] = {}  # of each row
+    for result in done.results:
+        results.setdefault(result.key, []).append(result)
+    failed = {result.key for result in done.results if result.status == "failed"}
+    rows = [row for row in rows if row.key not in results or row.key in failed]
+    rows.sort(key=lambda row: row.key in failed)  # last: what has ended a run may end this one
     for row in _progress(rows, len(rows)):
-        result = harness.run(
+        try:
+            free_memory = machine.free_memory(args.device)
+        except RuntimeError as error:
+            _say(f"the GPU answers no more: --resume goes on in another process ({error})")
+            break
+        results[row.key] = harness.run(
             row,
             device=args.device,
-            backend=backend,
+            backends=backends,
             budget=budget,
             ceilings=done.ceilings,
-            free_memory=machine.free_memory(args.device),
+            free_memory=free_memory,
         )
-        results.append(result)
-        done = dataclasses.replace(done, results=tuple(results))
+        done = dataclasses.replace(done, results=tuple(itertools.chain(*results.values())))
         if args.json:
             report.save(done, args.json)
     print(report.table(done))
     if args.plot and done.timed():
         report.plot(done, args.plot)
-    failed = sum(result.status == "failed" for result in done.results)
-    if failed:
-        _say(f"fastgpt bench: {failed} of {len(done.results)} rows failed")
+    wrong = sum(result.status == "failed" for result in done.results)
+    if wrong:
+        _say(f"fastgpt bench: {wrong} of {len(done.results)} rows failed")
     elif not done.timed():
         _say("fastgpt bench: nothing could be measured")
-    return 1 if failed or not done.timed() else 0
+    return 1 if wrong or not done.timed() else 0
 
 
 def _verified_backends(asked: str | None) -> list[str]:
