@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -73,6 +74,13 @@ def _ops(text: str) -> tuple[str, ...]:
         if name not in dispatch.OPS:
             raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {','.join(dispatch.OPS)}")
     return names
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, no regular expression: {error}") from None
 
 
 def _number(text: str) -> float:
@@ -182,10 +190,16 @@ def parser() -> Parser:
     )
     verify.add_argument("--full", action="store_true", help="every case in every dtype")
     verify.add_argument(
+        "-k",
+        type=_pattern,
+        metavar="REGEX",
+        help="only checks where it is found in 'OP CASE DTYPE'; of these alone nothing goes on record",
+    )
+    verify.add_argument(
         "--jobs",
         type=_count,
         metavar="N",
-        help="processes; default: half of the cores, at most 8; on the CPU 1",
+        help="processes, 1: this one; default: half of the cores, 2 to 8; on the CPU 1",
     )
     verify.add_argument(
         "--json", type=Path, metavar="FILE", help="write each verdict, and go on where FILE has left off"
@@ -352,13 +366,14 @@ def _verified_backends(asked: str | None) -> list[str]:
 
 
 def _gpu_jobs() -> int:
-    """Half of the cores, at most 8, and 4 GiB of the GPU's memory for each."""
+    """Half of the cores, at most 8, and 4 GiB of the GPU's memory for each; not this process alone, which a
+    check may end."""
     import os
 
     import torch
 
     memory = torch.cuda.get_device_properties(0).total_memory
-    return max(1, min(8, (os.cpu_count() or 1) // 2, memory >> 32))
+    return max(2, min(8, (os.cpu_count() or 1) // 2, memory >> 32))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -377,6 +392,7 @@ def _verify(args: argparse.Namespace) -> int:
         except (ValueError, TypeError) as error:
             raise CommandError(f"--json: {error}") from error
     verdicts = {verdict.key: verdict for verdict in kept}
+    judged: list[run.Verdict] = []
     for backend in _verified_backends(args.backend):
         elsewhere = {"triton": "TRITON_INTERPRET", "cuda": "FASTGPT_CUDA_EMULATE"}.get(backend, "")
         on_cpu = os.environ.get(elsewhere) == "1"  # that proves no GPU
@@ -388,6 +404,8 @@ def _verify(args: argparse.Namespace) -> int:
         # Medium sizes take hours in Triton's interpreter or the emulator, and most of a minute on a CPU.
         checks = run.table(ops, args.full, medium=gpu or backend == "cpu")
         wanted = {run.key(check, backend): check for check in checks}
+        if args.k is not None:
+            wanted = {key: check for key, check in wanted.items() if args.k.search(" ".join(key[:3]))}
         todo = [
             check for key, check in wanted.items() if key not in verdicts or verdicts[key].status == "failed"
         ]
@@ -399,16 +417,19 @@ def _verify(args: argparse.Namespace) -> int:
             if args.json:
                 run.save(args.json, verdicts.values(), facts)
         own = [verdicts[key] for key in wanted]
+        judged += own
         print(f"{backend} on {torch.cuda.get_device_name() if gpu else 'the CPU'}")
         print(_columns(run.summary(own)))
-        if identity is not None:
+        if identity is not None and args.k is None:
             passed = run.passed(own)
             file = proof.save(identity, sorted({*proof.load(identity), *passed} - ({*ops} - {*passed})))
             print(f"on record for `auto`: {', '.join(proof.load(identity)) or 'nothing'} ({file})")
-    failed = sum(verdict.status == "failed" for verdict in verdicts.values())
+    if not judged:
+        raise CommandError("there is no such check")
+    failed = sum(verdict.status == "failed" for verdict in judged)
     if failed:
         _say(f"fastgpt verify: {failed} checks failed")
-    return 1 if failed or not verdicts else 0
+    return 1 if failed else 0
 
 
 def _loaded(path: Path) -> report.Report:

@@ -1,46 +1,20 @@
-"""Attention on the CUDA kernel: the cases of the common table that it has, and its own."""
+"""Attention on the CUDA kernel: the cases of the common table that it has."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from backends import AVAILABLE, assert_parity
-from cases import ATTENTION, AttentionCase, Variant
+from cases import ATTENTION
 
 import fastgpt
-from fastgpt.verify.attention import case_results, variant_results
+from fastgpt.verify.attention import WIDE, case_results, variant_results
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in AVAILABLE, reason="no CUDA kernels here; FASTGPT_CUDA_EMULATE=1 emulates them"
 )
 
-_C = AttentionCase
-CUDA_CASES = [
-    *(case for case in ATTENTION if case.headdim in (64, 128, 256) and case.headdim == case.headdim_v),
-    _C(2, 257, 383, 4, 2, 128, 128),
-    _C(1, 300, 700, 3, 1, 64, 64, causal=False, layout="bhsd"),
-    _C(1, 500, 500, 2, 2, 128, 128, window=(100, 0)),
-    _C(1, 129, 400, 2, 1, 256, 256, causal=False, window=(40, 150)),
-    _C(2, 0, 40, 2, 2, 64, 64),
-    _C(2, 40, 0, 2, 2, 64, 64),
-]
-CUDA_VARIANTS = {
-    "packed": Variant(
-        _C(1, 530, 470, 4, 2, 128, 128), lengths_q=(1, 129, 0, 400), lengths_k=(0, 200, 20, 250)
-    ),
-    "packed, not causal": Variant(
-        _C(1, 300, 340, 2, 1, 64, 64, causal=False), lengths_q=(170, 130), lengths_k=(300, 40)
-    ),
-    "packed, d 256": Variant(_C(1, 150, 150, 2, 1, 256, 256), lengths_q=(10, 140), lengths_k=(10, 140)),
-    "key ranges": Variant(_C(3, 150, 300, 2, 1, 128, 128), seqused_k=(300, 170, 0), leftpad_k=(0, 33, 0)),
-    "packed key ranges": Variant(
-        _C(1, 200, 400, 2, 2, 64, 64, window=(60, 0)),
-        lengths_q=(90, 110),
-        lengths_k=(250, 150),
-        seqused_k=(200, 150),
-        leftpad_k=(5, 140),
-    ),
-}
+CUDA_CASES = [c for c in ATTENTION if c.headdim in (64, 128, 256) and c.headdim == c.headdim_v]
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -52,9 +26,9 @@ def test_parity(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", CUDA_VARIANTS)
+@pytest.mark.parametrize("name", WIDE)
 def test_variant_parity(name, dtype):
-    for what, *values in variant_results(CUDA_VARIANTS[name], "cuda", dtype):
+    for what, *values in variant_results(WIDE[name], "cuda", dtype):
         assert_parity(what, *values)
 
 

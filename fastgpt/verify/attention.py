@@ -181,6 +181,35 @@ VARIANTS = {
 }
 
 
+# Of head dims that all kernels have, also those that are written for no others.
+WIDE = {
+    str(case): Variant(case)
+    for case in (
+        _C(2, 257, 383, 4, 2, 128, 128),
+        _C(1, 300, 700, 3, 1, 64, 64, causal=False, layout="bhsd"),
+        _C(1, 500, 500, 2, 2, 128, 128, window=(100, 0)),
+        _C(1, 129, 400, 2, 1, 256, 256, causal=False, window=(40, 150)),
+        _C(2, 0, 40, 2, 2, 64, 64),
+        _C(2, 40, 0, 2, 2, 64, 64),
+    )
+} | {
+    "packed": Variant(
+        _C(1, 530, 470, 4, 2, 128, 128), lengths_q=(1, 129, 0, 400), lengths_k=(0, 200, 20, 250)
+    ),
+    "packed, not causal": Variant(
+        _C(1, 300, 340, 2, 1, 64, 64, causal=False), lengths_q=(170, 130), lengths_k=(300, 40)
+    ),
+    "packed, d 256": Variant(_C(1, 150, 150, 2, 1, 256, 256), lengths_q=(10, 140), lengths_k=(10, 140)),
+    "key ranges": Variant(_C(3, 150, 300, 2, 1, 128, 128), seqused_k=(300, 170, 0), leftpad_k=(0, 33, 0)),
+    "packed key ranges": Variant(
+        _C(1, 200, 400, 2, 2, 64, 64, window=(60, 0)),
+        lengths_q=(90, 110),
+        lengths_k=(250, 150),
+        seqused_k=(200, 150),
+        leftpad_k=(5, 140),
+    ),
+}
+
 # What the small ones do not reach: many blocks in both directions, the configurations of GPUs.
 MEDIUM = {
     "medium": Variant(_C(2, 1024, 1024, 8, 8, 64, 64)),
