@@ -120,7 +120,8 @@ gpu-sanitize: gpu-build
 	done; exit $$status
 
 # The parity tests on kernels built with the address and undefined behaviour sanitizers, in a package of their
-# own, with each instruction set that this machine has. A finding ends the run, with its report on stderr.
+# own: the CPU's with each instruction set that this machine has, and CUDA's in the emulator, which tells the
+# sanitizer of its stacks and of where a block's shared memory ends. A finding ends the run, with its report on stderr.
 # libstdc++ goes with libasan, which otherwise finds no __cxa_throw in a Python that came without. Leaks are not
 # looked for: Python and torch keep much until they exit; tests/test_reliability.py measures the kernels' own.
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -131,7 +132,7 @@ sanitize: $(VENV)/.stamp-dev
 	@test -e "$$($(CXX) -print-file-name=libasan.so)" || { \
 		echo "make sanitize: libasan not found; it comes with GCC, or as a package of its own" >&2; exit 1; }
 	rm -rf build/sanitize
-	FASTGPT_SANITIZE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	FASTGPT_SANITIZE=1 FASTGPT_EMULATE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target build/sanitize .
 	cd tests && $(SANITIZED) $(abspath $(BIN))/python -c \
 		"import torch, fastgpt._cpu as c; assert 'build/sanitize' in c.__file__, c.__file__"
@@ -144,6 +145,8 @@ sanitize: $(VENV)/.stamp-dev
 		$(SANITIZED) $(BIN)/pytest -q --capture=sys -k "(parity or random) and cpu" tests/test_attention.py \
 			tests/test_decode.py tests/test_merge.py tests/test_norm.py tests/test_random.py; \
 	done
+	$(SANITIZED) FASTGPT_CUDA_EMULATE=1 FASTGPT_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -q --capture=sys -n auto -k cuda $(CUDA_TESTS)
 
 # The built package against another torch release, in an environment of its own:
 # builds one wheel without torch, installs it beside torch TORCH and runs the kernels' tests.
