@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # A plain `torch` brings gigabytes of CUDA packages; this release has a CPU build on the development machines.
 TORCH ?= 2.13.0
 
-.PHONY: demo test nightly gpu-compile gpu gpu-build gpu-parity gpu-cuda gpu-bench sanitize test-torch test-native test-neon lint format bench clean
+.PHONY: demo test nightly gpu-compile gpu gpu-build gpu-parity gpu-cuda gpu-bench gpu-sanitize \
+	sanitize test-torch test-native test-neon lint format bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,7 +55,8 @@ gpu-compile: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/compile_report.py --output benchmarks/results/triton-compile-report.md
 
 # On a machine with a GPU, by its own Python with torch, triton, setuptools, pybind11, cmake and ninja; nothing is
-# downloaded. Stages of less than 8 minutes, the most telling first; run again, each goes on where it was stopped.
+# downloaded. Stages of less than 8 minutes, the most telling first; run again, each goes on where it was stopped,
+# but for the last one, which keeps nothing.
 GPU_PYTHON ?= python3
 RESULTS ?= benchmarks/results
 ifndef DATE
@@ -67,7 +69,7 @@ named = file=$(RESULTS)/$$($(GPU_PYTHON) -c \
 	"import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")-$(DATE)-$(1)
 
 gpu:
-	status=0; for stage in gpu-parity gpu-cuda gpu-bench; do $(MAKE) $$stage || status=$$?; done; exit $$status
+	status=0; for stage in gpu-parity gpu-cuda gpu-bench gpu-sanitize; do $(MAKE) $$stage || status=$$?; done; exit $$status
 
 gpu-build:
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
@@ -79,19 +81,47 @@ gpu-parity: gpu-build
 	timeout 140 $(GPU_RUN) verify --backend cpu --full --jobs 8 --json "$$file" || status=$$?; \
 	exit $$status
 
-# Built where there is an nvcc.
+# Ends a stage where setup.py has found no nvcc.
+cuda_built = ls fastgpt/_cuda.*.so > /dev/null 2>&1 || { \
+	echo "make $@: skipped, no nvcc: the build says above where it looked; FASTGPT_CUDA=1 insists"; exit 0; }
+
+# The same by the CUDA kernels, into the same file.
 gpu-cuda: gpu-build
-	@ls fastgpt/_cuda.*.so > /dev/null || exit 0; $(call named,cuda-parity.json); \
+	@$(cuda_built); $(call named,parity.json); \
 	timeout 470 $(GPU_RUN) verify --backend cuda --full --json "$$file"
 
+# Every backend with kernels, next to each other and to what torch ships.
 gpu-bench: gpu-build
 	@$(call named,bench); status=0; \
 	timeout 470 $(GPU_RUN) bench attention decode norm launch --device cuda --budget 1 --resume \
 		--json "$$file.json" || status=$$?; \
 	$(GPU_RUN) report "$$file.json" --plot "$$file.svg"; exit $$status
 
+# compute-sanitizer over cases that reach every family of CUDA kernels: head dims 64, 128 and 256, masks, packed
+# sequences, ranges of keys; caches of every type, paged, appended to, rotated, in parts; rows of few and many
+# bytes, aligned or not, with dropout. Each tensor is an allocation of its own, so that what lies beside it is
+# seen, and a kernel with a finding ends alone, so that one run shows them all.
+SMALL_ATTENTION := tiled|b1-129x
+SMALL_DECODE := softcap|sink, window|rotary, halves|rotary of a part|left padding, rotary|pages of (16|7)
+SMALL_QUANTIZED := int8|fp8|everything
+SMALL_CACHES := q60|.*(d128-128|d256-256|s7)
+SMALL_NORM := layer (257x7-|3x1x5x64|67x512|33x1000|257x768|17x4099|2x131072-(no|same)-weight-bias)|rms 257x768
+SMALL := attention ($(SMALL_ATTENTION))|decode ($(SMALL_DECODE)|$(SMALL_QUANTIZED)|$(SMALL_CACHES))|norm ($(SMALL_NORM))
+
+gpu-sanitize: gpu-build
+	@$(cuda_built); PATH="$$PATH:/usr/local/cuda/bin"; command -v compute-sanitizer > /dev/null || { \
+		echo "make $@: compute-sanitizer not found; it comes with the CUDA toolkit" >&2; exit 1; }; \
+	export PYTHONPATH=$(CURDIR) PYTORCH_NO_CUDA_MEMORY_CACHING=1; status=0; \
+	for tool in "memcheck --padding 512 --report-api-errors no" racecheck synccheck; do \
+		echo "make $@: $$tool"; \
+		timeout 150 compute-sanitizer --tool $$tool --kernel-name kns=fastgpt --destroy-on-device-error kernel \
+			--error-exitcode 1 $(GPU_PYTHON) -m fastgpt.cli verify --backend cuda --full --jobs 1 \
+			-k '$(SMALL)' || { status=$$?; echo "make $@: $$tool failed ($$status; 124: out of time)" >&2; }; \
+	done; exit $$status
+
 # The parity tests on kernels built with the address and undefined behaviour sanitizers, in a package of their
-# own, with each instruction set that this machine has. A finding ends the run, with its report on stderr.
+# own: the CPU's with each instruction set that this machine has, and CUDA's in the emulator, which tells the
+# sanitizer of its stacks and of where a block's shared memory ends. A finding ends the run, with its report on stderr.
 # libstdc++ goes with libasan, which otherwise finds no __cxa_throw in a Python that came without. Leaks are not
 # looked for: Python and torch keep much until they exit; tests/test_reliability.py measures the kernels' own.
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -102,7 +132,7 @@ sanitize: $(VENV)/.stamp-dev
 	@test -e "$$($(CXX) -print-file-name=libasan.so)" || { \
 		echo "make sanitize: libasan not found; it comes with GCC, or as a package of its own" >&2; exit 1; }
 	rm -rf build/sanitize
-	FASTGPT_SANITIZE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	FASTGPT_SANITIZE=1 FASTGPT_EMULATE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target build/sanitize .
 	cd tests && $(SANITIZED) $(abspath $(BIN))/python -c \
 		"import torch, fastgpt._cpu as c; assert 'build/sanitize' in c.__file__, c.__file__"
@@ -115,6 +145,8 @@ sanitize: $(VENV)/.stamp-dev
 		$(SANITIZED) $(BIN)/pytest -q --capture=sys -k "(parity or random) and cpu" tests/test_attention.py \
 			tests/test_decode.py tests/test_merge.py tests/test_norm.py tests/test_random.py; \
 	done
+	$(SANITIZED) FASTGPT_CUDA_EMULATE=1 FASTGPT_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -q --capture=sys -n auto -k cuda $(CUDA_TESTS)
 
 # The built package against another torch release, in an environment of its own:
 # builds one wheel without torch, installs it beside torch TORCH and runs the kernels' tests.

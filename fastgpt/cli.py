@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -73,6 +74,13 @@ def _ops(text: str) -> tuple[str, ...]:
         if name not in dispatch.OPS:
             raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {','.join(dispatch.OPS)}")
     return names
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, no regular expression: {error}") from None
 
 
 def _number(text: str) -> float:
@@ -156,7 +164,7 @@ def parser() -> Parser:
     bench.add_argument(
         "--backend",
         choices=tuple(dispatch.BACKENDS),
-        help="default: the device's first kernels that are here",
+        help="default: every one with kernels for the device that is here",
     )
     bench.add_argument(
         "--budget",
@@ -182,10 +190,16 @@ def parser() -> Parser:
     )
     verify.add_argument("--full", action="store_true", help="every case in every dtype")
     verify.add_argument(
+        "-k",
+        type=_pattern,
+        metavar="REGEX",
+        help="only checks where it is found in 'OP CASE DTYPE'; of these alone nothing goes on record",
+    )
+    verify.add_argument(
         "--jobs",
         type=_count,
         metavar="N",
-        help="processes; default: half of the cores, at most 8; on the CPU 1",
+        help="processes, 1: this one; default: half of the cores, 2 to 8; on the CPU 1",
     )
     verify.add_argument(
         "--json", type=Path, metavar="FILE", help="write each verdict, and go on where FILE has left off"
@@ -237,16 +251,14 @@ def _check_device(device: str) -> None:
         raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device")
 
 
-def _default_backend(device: str) -> str:
-    reasons = []
-    for name in dispatch.AUTO_ORDER[device]:
-        if name in ("torch", "reference"):
-            continue
-        reason = dispatch.unavailable(name)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise CommandError(f"no fastgpt kernels for {device} here ({'; '.join(reasons)})")
+def _kernels(device: str) -> list[str]:
+    """The backends with kernels of fastgpt's own for the device that are here, in the order of `auto`."""
+    names = [name for name in dispatch.AUTO_ORDER[device] if name not in ("torch", "reference")]
+    reasons = {name: dispatch.unavailable(name) for name in names}
+    if here := [name for name in names if reasons[name] is None]:
+        return here
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise CommandError(f"no fastgpt kernels for {device} here ({why})")
 
 
 def _say(text: str) -> None:
@@ -273,12 +285,14 @@ def _progress(rows: Iterable[Labelled], total: int) -> Iterator[Labelled]:
 VERSIONS = ("cpu", "gpu", "torch", "triton", "fastgpt", "commit")  # what a run that is resumed has to share
 
 
-def _begun(args: argparse.Namespace, backend: str, facts: dict[str, str | int]) -> report.Report | None:
+def _begun(
+    args: argparse.Namespace, backends: list[str], facts: dict[str, str | int]
+) -> report.Report | None:
     """The report that is to be gone on with."""
     if not args.resume or not (args.json and args.json.exists()):
         return None
     begun = _loaded(args.json)
-    of = [(args.device, backend), (begun.device, begun.backend)]
+    of = [(args.device, ", ".join(backends)), (begun.device, begun.backend)]
     if of[0] != of[1] or any(facts.get(name) != begun.machine.get(name) for name in VERSIONS):
         raise CommandError(f"--resume: {args.json} is of another device, backend or version")
     return begun
@@ -287,6 +301,7 @@ def _begun(args: argparse.Namespace, backend: str, facts: dict[str, str | int]) 
 def _bench(args: argparse.Namespace) -> int:
     import dataclasses
     import datetime
+    import itertools
 
     import torch
 
@@ -297,42 +312,49 @@ def _bench(args: argparse.Namespace) -> int:
     _check_device(args.device)
     if args.device == "cpu" and "launch" in args.bench:
         raise CommandError("launch: measures how kernels are launched on a GPU: --device cuda")
-    backend = args.backend or _default_backend(args.device)
+    backends = [args.backend] if args.backend else _kernels(args.device)
     budget = QUICK_BUDGET if args.budget is None else args.budget
     rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, args.budget is None, args.device)
     facts = {**machine.describe(), "freed memory": machine.keep_freed_memory()}
-    done = _begun(args, backend, facts)
+    done = _begun(args, backends, facts)
     if done is None:
         seed = torch.seed()
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         _say("measuring this machine's own rates")
         ceilings = machine.ceilings(args.device, min(budget, CEILINGS_BUDGET))
-        done = report.Report(date, args.device, backend, budget, seed, facts, ceilings, ())
-    results = [result for result in done.results if result.status != "failed"]
-    had = {result.key for result in results}
-    rows = [row for row in rows if row.key not in had]
+        done = report.Report(date, args.device, ", ".join(backends), budget, seed, facts, ceilings, ())
+    results: dict[tuple[str, ...], list[harness.Result]] = {}  # of each row
+    for result in done.results:
+        results.setdefault(result.key, []).append(result)
+    failed = {result.key for result in done.results if result.status == "failed"}
+    rows = [row for row in rows if row.key not in results or row.key in failed]
+    rows.sort(key=lambda row: row.key in failed)  # last: what has ended a run may end this one
     for row in _progress(rows, len(rows)):
-        result = harness.run(
+        try:
+            free_memory = machine.free_memory(args.device)
+        except RuntimeError as error:
+            _say(f"the GPU answers no more: --resume goes on in another process ({error})")
+            break
+        results[row.key] = harness.run(
             row,
             device=args.device,
-            backend=backend,
+            backends=backends,
             budget=budget,
             ceilings=done.ceilings,
-            free_memory=machine.free_memory(args.device),
+            free_memory=free_memory,
         )
-        results.append(result)
-        done = dataclasses.replace(done, results=tuple(results))
+        done = dataclasses.replace(done, results=tuple(itertools.chain(*results.values())))
         if args.json:
             report.save(done, args.json)
     print(report.table(done))
     if args.plot and done.timed():
         report.plot(done, args.plot)
-    failed = sum(result.status == "failed" for result in done.results)
-    if failed:
-        _say(f"fastgpt bench: {failed} of {len(done.results)} rows failed")
+    wrong = sum(result.status == "failed" for result in done.results)
+    if wrong:
+        _say(f"fastgpt bench: {wrong} of {len(done.results)} rows failed")
     elif not done.timed():
         _say("fastgpt bench: nothing could be measured")
-    return 1 if failed or not done.timed() else 0
+    return 1 if wrong or not done.timed() else 0
 
 
 def _verified_backends(asked: str | None) -> list[str]:
@@ -344,13 +366,14 @@ def _verified_backends(asked: str | None) -> list[str]:
 
 
 def _gpu_jobs() -> int:
-    """Half of the cores, at most 8, and 4 GiB of the GPU's memory for each."""
+    """Half of the cores, at most 8, and 4 GiB of the GPU's memory for each; not this process alone, which a
+    check may end."""
     import os
 
     import torch
 
     memory = torch.cuda.get_device_properties(0).total_memory
-    return max(1, min(8, (os.cpu_count() or 1) // 2, memory >> 32))
+    return max(2, min(8, (os.cpu_count() or 1) // 2, memory >> 32))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -369,6 +392,7 @@ def _verify(args: argparse.Namespace) -> int:
         except (ValueError, TypeError) as error:
             raise CommandError(f"--json: {error}") from error
     verdicts = {verdict.key: verdict for verdict in kept}
+    judged: list[run.Verdict] = []
     for backend in _verified_backends(args.backend):
         elsewhere = {"triton": "TRITON_INTERPRET", "cuda": "FASTGPT_CUDA_EMULATE"}.get(backend, "")
         on_cpu = os.environ.get(elsewhere) == "1"  # that proves no GPU
@@ -380,6 +404,8 @@ def _verify(args: argparse.Namespace) -> int:
         # Medium sizes take hours in Triton's interpreter or the emulator, and most of a minute on a CPU.
         checks = run.table(ops, args.full, medium=gpu or backend == "cpu")
         wanted = {run.key(check, backend): check for check in checks}
+        if args.k is not None:
+            wanted = {key: check for key, check in wanted.items() if args.k.search(" ".join(key[:3]))}
         todo = [
             check for key, check in wanted.items() if key not in verdicts or verdicts[key].status == "failed"
         ]
@@ -391,16 +417,19 @@ def _verify(args: argparse.Namespace) -> int:
             if args.json:
                 run.save(args.json, verdicts.values(), facts)
         own = [verdicts[key] for key in wanted]
+        judged += own
         print(f"{backend} on {torch.cuda.get_device_name() if gpu else 'the CPU'}")
         print(_columns(run.summary(own)))
-        if identity is not None:
+        if identity is not None and args.k is None:
             passed = run.passed(own)
             file = proof.save(identity, sorted({*proof.load(identity), *passed} - ({*ops} - {*passed})))
             print(f"on record for `auto`: {', '.join(proof.load(identity)) or 'nothing'} ({file})")
-    failed = sum(verdict.status == "failed" for verdict in verdicts.values())
+    if not judged:
+        raise CommandError("there is no such check")
+    failed = sum(verdict.status == "failed" for verdict in judged)
     if failed:
         _say(f"fastgpt verify: {failed} checks failed")
-    return 1 if failed or not verdicts else 0
+    return 1 if failed else 0
 
 
 def _loaded(path: Path) -> report.Report:

@@ -222,9 +222,10 @@ def _measure(
     }
     with _bar("timing operators", len(operators)) as bar:
         for what, workload in operators.items():
-            case = workload.case("cpu", torch.float32, "forward", "auto")
-            harness.verify(case)
-            times = harness.measure({OURS: case.candidate, **case.baselines}, budget=OPERATOR_BUDGET)
+            case = workload.case("cpu", torch.float32, "forward")
+            candidate = case.candidate("auto")
+            harness.verify(case, candidate, harness.expected(case))
+            times = harness.measure({OURS: candidate, **case.baselines}, budget=OPERATOR_BUDGET)
             ours = times.pop(OURS).median
             lines.append(Measurement(what, min(time.median for time in times.values()), ours, _time))
             bar.update()

@@ -1,4 +1,4 @@
-"""Attention on the CUDA kernel: the cases of the common table that it has, and its own."""
+"""Attention on the CUDA kernel: the cases of the common table that it has."""
 
 from __future__ import annotations
 

@@ -69,11 +69,11 @@ TORCH_ERROR = 1e-3
 
 @dataclasses.dataclass
 class FakeWorkload:
-    """Computes EXACT with the given error; torch's own error is TORCH_ERROR."""
+    """Computes EXACT with the given error, by "other" exactly; torch's own error is TORCH_ERROR."""
 
     error: float = 0.0
     needs: int = 0
-    unsupported: bool = False
+    unsupported: bool = False  # by any backend but "other"
     name = "fake"
     calls: list = dataclasses.field(default_factory=list)
 
@@ -83,31 +83,43 @@ class FakeWorkload:
     def work(self, dtype, direction):
         return Work(1e6, "FLOP", "sgemm")
 
-    def case(self, device, dtype, direction, backend):
-        if self.unsupported:
-            raise fastgpt.BackendUnsupported("not today")
-
+    def case(self, device, dtype, direction):
         def computed(error):
             value = EXACT.clone()
             value[3] += error
             return (value.float(),)
 
-        def candidate():
-            self.calls.append("candidate")
-            return computed(self.error)
+        def candidate(backend):
+            if self.unsupported and backend != "other":
+                raise fastgpt.BackendUnsupported("not today")
+
+            def run():
+                self.calls.append(backend)
+                return computed(0.0 if backend == "other" else self.error)
+
+            return run
 
         return Case(("out",), 2.0, candidate, {"exact": lambda: computed(TORCH_ERROR)}, lambda: (EXACT,))
 
 
-def run(workload, budget=0.01):
+def run_by(backends, workload, budget=0.01):
     return harness.run(
         Row("attention", workload, "fp32", "forward"),
         device="cpu",
-        backend="cpu",
+        backends=backends,
         budget=budget,
         ceilings={"sgemm": 1e9},
         free_memory=1000,
     )
+
+
+def run(workload):
+    (result,) = run_by(["cpu"], workload)
+    return result
+
+
+def verify(case, backend):
+    return harness.verify(case, case.candidate(backend), harness.expected(case))
 
 
 @pytest.mark.parametrize("error", [2.5 * TORCH_ERROR, 1.0, math.nan, math.inf])
@@ -118,21 +130,21 @@ def test_wrong_numbers_are_refused_before_timing(error, monkeypatch):
     assert result.status == "failed"
     assert "out: off by" in result.reason
     assert result.fastgpt_time is None and result.ratio is None
-    assert workload.calls == ["candidate"]
+    assert workload.calls == ["cpu"]
 
 
 def test_a_wrong_shape_or_dtype_is_refused():
-    good = FakeWorkload().case("cpu", torch.float32, "forward", "cpu")
+    good = FakeWorkload().case("cpu", torch.float32, "forward")
     for wrong in (lambda: (EXACT,), lambda: (EXACT.float()[:1],)):
         with pytest.raises(harness.ParityError, match="torch's is"):
-            harness.verify(dataclasses.replace(good, candidate=wrong))
+            harness.verify(good, wrong, harness.expected(good))
 
 
 def test_the_bound_comes_from_the_most_exact_of_torchs_ways():
-    case = FakeWorkload(error=3 * TORCH_ERROR).case("cpu", torch.float32, "forward", "cpu")
+    case = FakeWorkload(error=3 * TORCH_ERROR).case("cpu", torch.float32, "forward")
     loose = dict(case.baselines, loose=lambda: (EXACT.float() + 1,))
     with pytest.raises(harness.ParityError):
-        harness.verify(dataclasses.replace(case, baselines=loose))
+        verify(dataclasses.replace(case, baselines=loose), "cpu")
 
 
 def test_right_numbers_are_timed():
@@ -146,24 +158,55 @@ def test_right_numbers_are_timed():
     assert result.share == result.rate / 1e9
 
 
-def test_the_ratio_is_against_the_fastest_baseline(monkeypatch):
-    clock = {"fastgpt": 1.0, "slow": 30.0, "fast": 3.0}
-    monkeypatch.setattr(
-        harness,
-        "measure",
-        lambda candidates, **_: {name: harness.Timing(clock[name], 0, 0, 6, 1) for name in candidates},
-    )
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds of a call, by name; what was timed together."""
+    seconds = {"fastgpt by cpu": 1.0, "fastgpt by other": 2.0, "exact": 3.0, "slow": 30.0, "empty": 0.1}
+    together = []
 
-    class TwoBaselines(FakeWorkload):
-        def case(self, *args):
-            case = super().case(*args)
-            return dataclasses.replace(
-                case, baselines={"slow": case.baselines["exact"], "fast": case.baselines["exact"]}
-            )
+    def measure(candidates, **_):
+        together.append(list(candidates))
+        return {name: harness.Timing(seconds[name], 0, 0, 6, 1) for name in candidates}
 
-    result = run(TwoBaselines())
-    assert (result.baseline, result.ratio) == ("fast", 3.0)
-    assert result.baseline_times["slow"].median == 30.0
+    monkeypatch.setattr(harness, "measure", measure)
+    return together
+
+
+def test_the_ratio_is_against_torchs_fastest_way(clock, monkeypatch):
+    case = FakeWorkload().case("cpu", torch.float32, "forward")
+    slow = {"slow": case.baselines["exact"], **case.baselines}
+    case = dataclasses.replace(case, baselines=slow, timed={"empty": lambda: None})
+    workload = FakeWorkload()
+    monkeypatch.setattr(workload, "case", lambda *_: case, raising=False)
+    result = run(workload)
+    assert (result.baseline, result.ratio) == ("exact", 3.0)
+    assert {name: time.median for name, time in result.baseline_times.items()} == {
+        "slow": 30.0,
+        "exact": 3.0,
+        "empty": 0.1,
+    }
+
+
+def test_backends_of_a_row_are_timed_in_turn(clock):
+    cpu, other = run_by(["cpu", "other"], FakeWorkload())
+    assert clock == [["fastgpt by cpu", "fastgpt by other", "exact"]]
+    assert (cpu.backend, cpu.ratio, other.backend, other.ratio) == ("cpu", 3.0, "other", 1.5)
+    assert cpu.baseline_times == other.baseline_times and list(cpu.baseline_times) == ["exact"]
+
+
+@pytest.mark.parametrize(
+    ("workload", "status", "reason"),
+    [
+        (FakeWorkload(error=1.0), "failed", "off by 1"),
+        (FakeWorkload(unsupported=True), "skipped", "not today"),
+    ],
+    ids=["wrong", "unsupported"],
+)
+def test_a_backend_that_fails_leaves_the_others_in_the_row(workload, status, reason, clock):
+    cpu, other = run_by(["cpu", "other"], workload)
+    assert cpu.status == status and reason in cpu.reason and cpu.fastgpt_time is None
+    assert other.status == "ok" and other.parity[0].error < TORCH_ERROR
+    assert clock == [["fastgpt by other", "exact"]]
 
 
 def test_what_cannot_run_is_skipped_with_its_reason():
@@ -180,7 +223,8 @@ def test_an_unexpected_error_fails_its_row(where, error, monkeypatch):
 
     workload = FakeWorkload()
     if where == "candidate":
-        case = dataclasses.replace(workload.case("cpu", torch.float32, "forward", "cpu"), candidate=broken)
+        case = workload.case("cpu", torch.float32, "forward")
+        case = dataclasses.replace(case, candidate=lambda backend: broken)
         monkeypatch.setattr(workload, "case", lambda *_: case, raising=False)
     else:
         monkeypatch.setattr(workload, "case", broken, raising=False)
@@ -207,11 +251,11 @@ def test_attention_flop_and_oracle(window, monkeypatch):
 @pytest.mark.parametrize("direction", workloads.Attention.directions)
 def test_gqa_is_compared_with_both_of_torchs_ways(direction):
     grouped, plain = workloads.Attention(1, 4, 70, 16, nheads_k=2), workloads.Attention(1, 4, 70, 16)
-    case = grouped.case("cpu", torch.float32, direction, "reference")
+    case = grouped.case("cpu", torch.float32, direction)
     assert list(case.baselines) == [workloads.SDPA, f"{workloads.SDPA}, k and v repeated"]
     for one, other in zip(*(baseline() for baseline in case.baselines.values()), strict=True):
         torch.testing.assert_close(one, other)
-    assert list(plain.case("cpu", torch.float32, direction, "reference").baselines) == [workloads.SDPA]
+    assert list(plain.case("cpu", torch.float32, direction).baselines) == [workloads.SDPA]
 
 
 SMALL = [
@@ -225,8 +269,8 @@ SMALL = [
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 def test_workloads_verify_by_the_reference(workload, dtype):
     for direction in workload.directions:
-        case = workload.case("cpu", harness.DTYPES[dtype], direction, "reference")
-        checked = harness.verify(case)
+        case = workload.case("cpu", harness.DTYPES[dtype], direction)
+        checked = verify(case, "reference")
         assert [parity.tensor for parity in checked] == (
             ["out"] if direction == "forward" else ["dq", "dk", "dv"]
         )
@@ -244,7 +288,7 @@ def test_workload_verification_sees_a_wrong_kernel(monkeypatch):
     monkeypatch.setattr(fastgpt, "attention", wrong)
     for direction in workload.directions:
         with pytest.raises(harness.ParityError):
-            harness.verify(workload.case("cpu", torch.float32, direction, "cpu"))
+            verify(workload.case("cpu", torch.float32, direction), "cpu")
 
 
 def test_decode_verification_sees_a_read_behind_the_keys(monkeypatch):
@@ -255,7 +299,7 @@ def test_decode_verification_sees_a_read_behind_the_keys(monkeypatch):
 
     monkeypatch.setattr(fastgpt, "attention_with_kvcache", wrong)
     with pytest.raises(harness.ParityError, match="nan"):
-        harness.verify(workloads.Decode(1, 2, 1, 50, 16).case("cpu", torch.float32, "forward", "cpu"))
+        verify(workloads.Decode(1, 2, 1, 50, 16).case("cpu", torch.float32, "forward"), "cpu")
 
 
 def test_names_are_unique():
@@ -306,10 +350,30 @@ def test_table(saved):
     assert "ceilings measured here: sgemm 1 GFLOP/s, read 2 GB/s, copy 3 GB/s" in lines
 
 
-def test_plot(saved, tmp_path):
+def test_table_of_several_backends(saved, clock):
+    wrong = FakeWorkload(error=1.0)
+    wrong.name = "fake, too"
+    results = run_by(["cpu", "other"], FakeWorkload()) + run_by(["cpu", "other"], wrong)
+    lines = report.table(dataclasses.replace(saved, results=tuple(results))).splitlines()
+    header = next(line for line in lines if line.startswith("workload"))
+    cells = [line[header.index("backend") :].split() for line in lines if line.startswith("fake")]
+    assert [own[0] for own in cells] == ["cpu", "other", "cpu", "other"]
+    beside = [line.partition("  2.00× the time of cpu")[1] for line in lines if line.startswith("fake")]
+    assert list(map(bool, beside)) == [False, True, False, False]  # nothing beside what was not timed
+
+
+@pytest.mark.parametrize("backends", [["cpu"], ["cpu", "other"]])
+def test_plot(saved, tmp_path, backends, monkeypatch):
     pytest.importorskip("matplotlib")
-    report.plot(saved, tmp_path / "ratios.png")
+    from matplotlib.axes import Axes
+
+    named = []
+    monkeypatch.setattr(Axes, "set_yticks", lambda self, places, names, **_: named.extend(names))
+    results = tuple(run_by(backends, FakeWorkload()))
+    report.plot(dataclasses.replace(saved, results=results), tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    several = len(backends) > 1
+    assert named == [f"fake  forward{f'  {name}' * several}" for name in backends]
 
 
 def test_gpu_rows_start_with_the_heads_of_all_tables():
@@ -329,7 +393,7 @@ def test_gpu_rows_start_with_the_heads_of_all_tables():
 
 def test_ways_that_cannot_run_on_a_gpu_are_left_out(monkeypatch):
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    case = FakeWorkload().case("cpu", torch.float32, "forward", "cpu")
+    case = FakeWorkload().case("cpu", torch.float32, "forward")
     case = dataclasses.replace(case, baselines=case.baselines | {"broken": lambda: 1 / 0})
     left = workloads._with_ways(case, "cuda")
     assert list(left.baselines) == ["exact"]
@@ -347,25 +411,31 @@ def test_ways_that_cannot_run_on_a_gpu_are_left_out(monkeypatch):
     ids=str,
 )
 def test_what_is_timed_on_a_gpu(work, how, monkeypatch):
-    case = FakeWorkload().case("cpu", torch.float32, "forward", "cpu")
-    case = dataclasses.replace(case, timed={"nothing": lambda: None})
-    graphs = {case.candidate: "graph of fastgpt", case.timed["nothing"]: "graph of nothing"}
+    case = FakeWorkload().case("cpu", torch.float32, "forward")
+    candidate = case.candidate("cpu")
+    graphs = {candidate: "graph of fastgpt"}
     given = {}
     monkeypatch.setattr(harness, "graphed", graphs.get)
     monkeypatch.setattr(harness, "cold_timer", lambda: "cold")
     monkeypatch.setattr(harness, "measure", lambda candidates, **_: given.update(candidates) or {})
-    assert harness._measured(case, work, "cuda", 0.1) == (how, {})
-    assert list(given) == ["fastgpt", "exact", "nothing"]
+    everything = {"fastgpt by cpu": candidate, **case.baselines}
+    assert harness._measured(everything, work, "cuda", 0.1) == (how, {})
+    assert list(given) == ["fastgpt by cpu", "exact"]
     assert given["exact"] is case.baselines["exact"]
-    assert given["fastgpt"] is (case.candidate if work.unit == "call" else "graph of fastgpt")
+    assert given["fastgpt by cpu"] is (candidate if work.unit == "call" else "graph of fastgpt")
 
 
 def test_16_bit_products_are_held_to_their_own_rate():
-    rates = {"sgemm": 1e9, "bf16 gemm": 2e9, "copy": 3e9}
-    assert harness._ceiling(Work(1.0, "FLOP", "sgemm"), "bf16", rates) == "bf16 gemm"
-    assert harness._ceiling(Work(1.0, "FLOP", "sgemm"), "fp32", rates) == "sgemm"
-    assert harness._ceiling(Work(1.0, "B", "copy"), "bf16", rates) == "copy"
-    assert harness._ceiling(Work(1.0, "call", None), "bf16", rates) is None
+    rates = {"sgemm": 1e9, "bf16 gemm": 2e9, "read": 3e9, "copy": 3e9}
+    assert harness._ceiling(Work(1.0, "FLOP", "sgemm"), "bf16", "cuda", rates) == "bf16 gemm"
+    assert harness._ceiling(Work(1.0, "FLOP", "sgemm"), "fp32", "cuda", rates) == "sgemm"
+    assert harness._ceiling(Work(1.0, "call", None), "bf16", "cuda", rates) is None
+
+
+def test_reading_a_gpus_memory_is_held_to_copying():
+    rates = {"read": 3e9, "copy": 3e9}
+    assert harness._ceiling(Work(1.0, "B", "read"), "bf16", "cuda", rates) == "copy"
+    assert harness._ceiling(Work(1.0, "B", "read"), "bf16", "cpu", rates) == "read"
 
 
 @pytest.mark.parametrize("window", [-1, 20])
@@ -386,5 +456,5 @@ def test_torchs_other_ways_compute_the_same(window, monkeypatch):
 def test_a_launch_is_verified_and_timed_beside_an_empty_one(monkeypatch):
     monkeypatch.setattr(baselines, "empty_launch", lambda: "an empty launch")
     for workload in workloads.GPU_TABLES["launch"]:
-        case = workload.case("cpu", torch.float32, "host", "reference")
-        assert harness.verify(case) and case.timed == {"an empty Triton launch": "an empty launch"}
+        case = workload.case("cpu", torch.float32, "host")
+        assert verify(case, "reference") and case.timed == {"an empty Triton launch": "an empty launch"}

@@ -78,8 +78,9 @@ def test_a_device_without_kernels_says_why(capsys, monkeypatch, no_measurement):
 @pytest.fixture
 def fake_table(monkeypatch):
     def install(*fakes):
-        for fake in fakes:
+        for number, fake in enumerate(fakes):
             fake.directions = ("forward",)
+            fake.name += str(number)
         monkeypatch.setitem(workloads.TABLES, "attention", fakes)
         monkeypatch.setattr(machine, "ceilings", lambda *_: {"sgemm": 1e9, "read": 1e9, "copy": 1e9})
 
@@ -100,7 +101,6 @@ def test_failed_verification_exits_with_1_and_is_in_the_json(capsys, tmp_path, f
 def test_a_run_is_resumed_where_it_was(capsys, tmp_path, fake_table, monkeypatch):
     path = tmp_path / "out.json"
     first, second = FakeWorkload(), FakeWorkload(error=1.0)
-    second.name = "wrong"
     fake_table(first, second)
     argv = [*ARGS, "--json", str(path)]
     assert cli.main([*argv, "--resume"]) == 1  # there is nothing yet
@@ -117,10 +117,53 @@ def test_a_run_is_resumed_where_it_was(capsys, tmp_path, fake_table, monkeypatch
     assert "is of another device, backend or version" in failure(capsys, *argv, "--resume")
 
 
+def test_every_backend_with_kernels_is_measured(capsys, tmp_path, fake_table, monkeypatch):
+    path = tmp_path / "out.json"
+    fake_table(FakeWorkload(error=1.0))
+    monkeypatch.setattr(dispatch, "AUTO_ORDER", {"cpu": ("cpu", "other", "gone", "torch", "reference")})
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: "not built" if name == "gone" else None)
+    argv = [arg for arg in ARGS if arg not in ("--backend", "cpu")]
+    assert cli.main([*argv, "--json", str(path)]) == 1
+    done = report.load(path)
+    assert done.backend == "cpu, other"
+    assert [(own.backend, own.status) for own in done.results] == [("cpu", "failed"), ("other", "ok")]
+    fake_table(FakeWorkload())  # a row of which one backend has failed is run again
+    assert cli.main([*argv, "--json", str(path), "--resume"]) == 0
+    assert [own.status for own in report.load(path).results] == ["ok", "ok"]
+    capsys.readouterr()
+    assert "is of another device, backend" in failure(capsys, *ARGS, "--json", str(path), "--resume")
+
+
+def test_a_gpu_that_answers_no_more_ends_the_run(capsys, tmp_path, fake_table, monkeypatch):
+    path, fakes = tmp_path / "out.json", [FakeWorkload(), FakeWorkload(), FakeWorkload()]
+    fake_table(*fakes)
+
+    def kills(*_):
+        monkeypatch.setattr(machine, "free_memory", lambda device: gone("an illegal memory access"))
+        gone("an illegal memory access")
+
+    def gone(reason):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(fakes[0], "case", kills, raising=False)
+    argv = [*ARGS, "--json", str(path), "--resume"]
+    assert cli.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert "the GPU answers no more: --resume goes on in another process" in err and "illegal" in out
+    assert [own.status for own in report.load(path).results] == ["failed"]
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
+    assert cli.main(argv) == 1  # the others come first now
+    capsys.readouterr()
+    assert [(own.workload, own.status) for own in report.load(path).results] == [
+        ("fake0", "failed"),
+        ("fake1", "ok"),
+        ("fake2", "ok"),
+    ]
+
+
 def test_a_report_is_written_after_every_row(tmp_path, fake_table, monkeypatch):
     path = tmp_path / "out.json"
     second = FakeWorkload()
-    second.name = "interrupted"
 
     def interrupted(*_):
         assert [result.status for result in report.load(path).results] == ["ok"]

@@ -172,6 +172,42 @@ def test_what_ships_as_proven_is_shown_by_a_file():
         assert {v.dtype for v in own} == {"float32", "bfloat16", "float16"}
 
 
+def test_some_checks_alone(gpu, small, capsys, tmp_path):
+    identity = gpu({"norm": "ok", "merge": "failed"})
+    path = tmp_path / "verdicts.json"
+    assert cli.main(["verify", "--full", "-k", "norm small .*16", "--json", str(path)]) == 0
+    verdicts, _ = run.load(path)
+    assert {v.key[:3] for v in verdicts} == {("norm", "small", "bfloat16"), ("norm", "small", "float16")}
+    assert proof.load(identity) == [] and "on record" not in capsys.readouterr().out
+    assert cli.main(["verify", "-k", "norm smaller"]) == 2
+    assert "there is no such check" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["verify", "-k", "("])
+    assert "'(', no regular expression" in capsys.readouterr().err
+
+
+def test_another_backends_failures_in_the_file_are_its_own(gpu, small, capsys, monkeypatch, tmp_path):
+    gpu({"norm": "ok", "merge": "failed"})
+    argv = ["verify", "--json", str(tmp_path / "verdicts.json")]
+    assert cli.main([*argv, "--backend", "triton"]) == 1
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
+    monkeypatch.setattr(run, "run", lambda checks, *_: iter([_ok(check, "cpu") for check in checks]))
+    assert cli.main([*argv, "--backend", "cpu"]) == 0
+    assert len(run.load(tmp_path / "verdicts.json")[0]) == 4
+
+
+def _ok(check, backend):
+    op, case, dtype, _ = run.key(check, backend)
+    return run.Verdict(op, check.field, case, dtype, backend, "ok", 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_one_job_is_this_process(device, monkeypatch):
+    """As debuggers and sanitizers want it."""
+    monkeypatch.setattr(run, "judged", lambda check, backend, device: os.getpid())
+    assert list(run.run(["check"], "reference", device, 1)) == [os.getpid()]
+
+
 def test_nothing_to_verify_says_why(capsys, monkeypatch):
     monkeypatch.setattr(dispatch, "unavailable", lambda name: f"the reason of {name}")
     assert cli.main(["verify"]) == 2

@@ -109,6 +109,22 @@ struct Fiber : Thread {
   const void* context;
 };
 
+// Memory that AddressSanitizer, where it is, lets nobody touch while this lives, not to read it either.
+struct Forbidden {
+  const void* memory;
+  size_t bytes;
+  Forbidden(const void* memory, size_t bytes) : memory(memory), bytes(bytes) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(memory, bytes);
+#endif
+  }
+  ~Forbidden() {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(memory, bytes);
+#endif
+  }
+};
+
 // Threads of a warp, a warpgroup, a block or a named barrier that come together.
 struct Meeting {
   uint32_t mask = 0;
@@ -368,7 +384,10 @@ void run(const char* kernel, dim3 grid, dim3 size, int shared_bytes, void (*kern
         for (block.index.x = 0; block.index.x < grid.x; block.index.x++) {
           std::memset(first, 0xff, end - first);
           block.number++;
-          run_block(stacks);
+          {
+            Forbidden before(first, kGuard), behind(end - kGuard, kGuard);
+            run_block(stacks);
+          }
           if (std::memcmp(first, untouched.data(), kGuard) ||
               std::memcmp(end - kGuard, untouched.data(), kGuard))
             throw Error{"has written beside its " + std::to_string(shared_bytes) + " bytes of shared memory"};

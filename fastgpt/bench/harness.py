@@ -1,4 +1,4 @@
-"""Verifies a workload, then times fastgpt and torch on it in turn."""
+"""Verifies a workload, then times fastgpt, by each of its backends, and torch on it in turn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ SHORTEST_SAMPLE = 1e-3  # seconds; calls that are shorter are timed several at o
 FEWEST_ROUNDS = 6  # 20th and 80th percentiles need some samples, however slow a call is
 
 Timer = Callable[[Callable[[], object], int], float]  # seconds that so many calls of a callable take
+Computation = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,9 @@ class Case:
 
     tensors: tuple[str, ...]  # names of what the three return
     factor: float
-    candidate: Callable[[], tuple[Tensor, ...]]
-    baselines: dict[
-        str, Callable[[], tuple[Tensor, ...]]
-    ]  # torch's ways; the fastest here is the one that counts
-    oracle: Callable[[], tuple[Tensor, ...]]
+    candidate: Callable[[str], Computation]  # by a backend; raises BackendUnsupported, or its calls do
+    baselines: dict[str, Computation]  # torch's ways; the fastest here is the one that counts
+    oracle: Computation
     timed: dict[str, Callable[[], object]] = field(default_factory=dict)  # beside them, without numbers
     refused: dict[str, str] = field(default_factory=dict)  # torch's ways that do not work here, and why
 
@@ -79,8 +78,7 @@ class Workload(Protocol):
         """Bytes that verifying and timing take, roughly."""
 
     def work(self, dtype: torch.dtype, direction: str) -> Work: ...
-    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
-        """Raises BackendUnsupported where ``backend`` cannot serve the call."""
+    def case(self, device: str, dtype: torch.dtype, direction: str) -> Case: ...
 
 
 @dataclass(frozen=True)
@@ -242,17 +240,24 @@ def _error(value: Tensor, reference: Tensor) -> float:
     return (value.to(torch.float64) - reference).abs().max().item()
 
 
-def verify(case: Case) -> tuple[Parity, ...]:
+Expected = tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]
+
+
+def expected(case: Case) -> Expected:
+    """What is computed in float64, and by each of torch's ways."""
+    return case.oracle(), [baseline() for baseline in case.baselines.values()]
+
+
+def verify(case: Case, candidate: Computation, expected: Expected) -> tuple[Parity, ...]:
     """Holds fastgpt's numbers to the parity rule.
 
     Raises:
         ParityError: a tensor has another shape or dtype than torch's, or misses its bound.
     """
     checked = []
-    exact_tensors = case.oracle()
-    torch_tensors = [baseline() for baseline in case.baselines.values()]
+    exact_tensors, torch_tensors = expected
     for name, value, exact, *torch_values in zip(
-        case.tensors, case.candidate(), exact_tensors, *torch_tensors, strict=True
+        case.tensors, candidate(), exact_tensors, *torch_tensors, strict=True
     ):
         like = torch_values[0]
         if (value.shape, value.dtype) != (like.shape, like.dtype):
@@ -270,10 +275,11 @@ def verify(case: Case) -> tuple[Parity, ...]:
     return tuple(checked)
 
 
-def _measured(case: Case, work: Work, device: str, budget: float) -> tuple[str, dict[str, Timing]]:
+def _measured(
+    candidates: Mapping[str, Callable[[], object]], work: Work, device: str, budget: float
+) -> tuple[str, dict[str, Timing]]:
     """How the candidates were timed, and what came of it; on a GPU as graphs, if all of them can be."""
     how, timer = timer_for(device, work)
-    candidates: dict[str, Callable[[], object]] = {"fastgpt": case.candidate, **case.baselines, **case.timed}
     if device == "cuda" and work.unit != "call":
         graphs = {name: graphed(run) for name, run in candidates.items()}
         eager = [name for name, graph in graphs.items() if graph is None]
@@ -282,67 +288,96 @@ def _measured(case: Case, work: Work, device: str, budget: float) -> tuple[str, 
     return how, measure(candidates, budget=budget, timer=timer)
 
 
-def _ceiling(work: Work, dtype: str, ceilings: Mapping[str, float]) -> str | None:
-    """Where products of this dtype have a rate of their own, it is that."""
+def _ceiling(work: Work, dtype: str, device: str, ceilings: Mapping[str, float]) -> str | None:
+    """Where products of this dtype have a rate of their own, it is that. What reads a GPU's memory is held to
+    copying, which comes nearer to the memory's rate there than torch's sum."""
+    if work.ceiling == "read" and device == "cuda":
+        return "copy"
     own = f"{dtype} gemm"
     return own if work.ceiling == "sgemm" and own in ceilings else work.ceiling
+
+
+def _result(row: Row, backend: str, status: str, **fields: Any) -> Result:
+    return Result(row.bench, row.workload.name, row.dtype, row.direction, backend, status, **fields)
+
+
+def _ended(row: Row, backend: str, error: Exception) -> Result:
+    """What an error has made of the row."""
+    if isinstance(error, BackendUnsupported):
+        return _result(row, backend, "skipped", reason=str(error))
+    name = "" if isinstance(error, ParityError) else f"{type(error).__name__}: "
+    return _result(row, backend, "failed", reason=f"{name}{error}")
 
 
 def run(
     row: Row,
     *,
     device: str,
-    backend: str,
+    backends: Sequence[str],
     budget: float,
     ceilings: Mapping[str, float],
     free_memory: int,
-) -> Result:
-    """Verifies and times one row. What fails verification is never timed.
+) -> list[Result]:
+    """Verifies one row by each backend and times, in turn, those that pass. What fails verification is
+    never timed.
 
     Returns:
-        A result that is ``ok``; ``skipped``, where the machine or the backend cannot run it; or
-        ``failed``, where the numbers are wrong or an error ended it.
+        A result for each backend, that is ``ok``; ``skipped``, where the machine or the backend cannot run
+        it; or ``failed``, where the numbers are wrong or an error ended it.
     """
     workload, dtype = row.workload, DTYPES[row.dtype]
-
-    def result(status: str, **fields: Any) -> Result:
-        return Result(row.bench, workload.name, row.dtype, row.direction, backend, status, **fields)
-
     if (needed := workload.memory(dtype)) > free_memory:
-        return result(
-            "skipped",
-            reason=f"takes about {needed / 2**30:.1f} GiB, {free_memory / 2**30:.1f} GiB are free",
-        )
+        reason = f"takes about {needed / 2**30:.1f} GiB, {free_memory / 2**30:.1f} GiB are free"
+        return [_result(row, backend, "skipped", reason=reason) for backend in backends]
     work = workload.work(dtype, row.direction)
+    parity: dict[str, tuple[Parity, ...]] = {}
+    ended: dict[str, Result] = {}
     try:
         with _own_stream(device):
-            case = workload.case(device, dtype, row.direction, backend)
-            parity = verify(case)
-            how, times = _measured(case, work, device, budget)
-    except BackendUnsupported as error:
-        return result("skipped", reason=str(error))
-    except ParityError as error:
-        return result("failed", reason=str(error))
+            case = workload.case(device, dtype, row.direction)
+            right = expected(case)
+            candidates = {}
+            for backend in backends:
+                try:
+                    candidate = case.candidate(backend)
+                    parity[backend] = verify(case, candidate, right)
+                    candidates[_ours(backend)] = candidate
+                except Exception as error:  # the other backends may still be measured
+                    ended[backend] = _ended(row, backend, error)
+            del right
+            if candidates:
+                how, times = _measured({**candidates, **case.baselines, **case.timed}, work, device, budget)
     except Exception as error:  # out of memory, say: the other rows may still be measured
-        return result("failed", reason=f"{type(error).__name__}: {error}")
-    ours = times.pop("fastgpt")
-    fastest = min(times, key=lambda name: times[name].median)
-    rate = work.amount / ours.median
-    ceiling = _ceiling(work, row.dtype, ceilings)
-    return result(
-        "ok",
-        timing=how,
-        parity=parity,
-        fastgpt_time=ours,
-        baseline_times=times,
-        refused=case.refused,
-        baseline=fastest,
-        ratio=times[fastest].median / ours.median,
-        rate=rate,
-        unit=work.unit,
-        ceiling=ceiling,
-        share=rate / ceilings[ceiling] if ceiling else None,
-    )
+        ended = {backend: _ended(row, backend, error) for backend in backends} | ended
+
+    def timed(backend: str) -> Result:
+        ours = times[_ours(backend)]
+        fastest = min(case.baselines, key=lambda name: times[name].median)
+        rate = work.amount / ours.median
+        ceiling = _ceiling(work, row.dtype, device, ceilings)
+        return _result(
+            row,
+            backend,
+            "ok",
+            timing=how,
+            parity=parity[backend],
+            fastgpt_time=ours,
+            baseline_times={name: timing for name, timing in times.items() if name not in candidates},
+            refused=case.refused,
+            baseline=fastest,
+            ratio=times[fastest].median / ours.median,
+            rate=rate,
+            unit=work.unit,
+            ceiling=ceiling,
+            share=rate / ceilings[ceiling] if ceiling else None,
+        )
+
+    return [ended.get(backend) or timed(backend) for backend in backends]
+
+
+def _ours(backend: str) -> str:
+    """The name of a candidate among all that is timed."""
+    return f"fastgpt by {backend}"
 
 
 def _own_stream(device: str) -> contextlib.AbstractContextManager[Any]:

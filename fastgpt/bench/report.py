@@ -5,13 +5,14 @@ The JSON, one schema for every benchmark (SI units: seconds, bytes, FLOP):
     schema      1
     date        UTC, ISO 8601
     device      cpu or cuda
-    backend     of fastgpt
+    backend     of fastgpt; where there are several, each row has a result of each
     budget      seconds of samples per row
     seed        of torch's generator, from which all inputs were drawn
     machine     str -> str or int, see ``machine.describe``
     ceilings    sgemm (FLOP/s), read (B/s), copy (B/s), of a GPU also bf16 gemm and fp16 gemm (FLOP/s), see
                 ``machine.ceilings``
-    results     a list, one entry per row:
+    results     a list, one entry per row and backend; a row's backends were timed in turn, with the same
+                baselines, so their times and ratios may be compared:
         bench           attention, decode, norm, model or launch
         workload        its name: b batch, h nheads[:nheads_k], s seqlen, k keys, d headdim, w window
         dtype           fp32, bf16 or fp16
@@ -25,9 +26,10 @@ The JSON, one schema for every benchmark (SI units: seconds, bytes, FLOP):
                         torch in the same dtype (torch_error), and the largest allowed (bound)
         fastgpt_time    median, p20 and p80 seconds per call, over so many samples of so many calls;
                         null or empty where not timed, like all that follow
-        baseline_times  the same for each way torch has of doing it, by name
+        baseline_times  the same for each way torch has of doing it, by name, and for an empty kernel beside
+                        a launch
         refused         the ways of torch that do not work here, by name, and why
-        baseline        the name of the fastest of them, which the ratio is against
+        baseline        the name of torch's fastest way, which the ratio is against
         ratio           its median / fastgpt's median: above 1, fastgpt is faster
         rate            of fastgpt: units of work per second at the median
         unit            of work: FLOP, B, token or call
@@ -69,6 +71,9 @@ class Report:
 
     def timed(self) -> list[Result]:
         return [result for result in self.results if result.status == "ok"]
+
+    def several_backends(self) -> bool:
+        return len({result.backend for result in self.results}) > 1
 
 
 def check_writable(path: Path) -> None:
@@ -131,11 +136,12 @@ def _rate(value: float, unit: str) -> str:
     return f"{value / 1e12:.3g} T{unit}/s" if value >= 1e12 else f"{value / 1e9:.3g} G{unit}/s"
 
 
-HEADER = ("workload", "dtype", "direction", "fastgpt [p20 – p80]", "baseline", "ratio", "rate", "of ceiling")
+LEAD = ("workload", "dtype", "direction")
+HEADER = ("fastgpt [p20 – p80]", "baseline", "ratio", "rate", "of ceiling")
 
 
-def _cells(result: Result) -> tuple[str, ...]:
-    lead = (result.workload, result.dtype, result.direction)
+def _cells(result: Result, lead: tuple[str, ...]) -> tuple[str, ...]:
+    lead = tuple(getattr(result, name) for name in lead)
     if result.status != "ok":
         return lead
     assert result.fastgpt_time and result.baseline and result.rate and result.unit
@@ -149,6 +155,14 @@ def _cells(result: Result) -> tuple[str, ...]:
     )
 
 
+def _beside(result: Result, report: Report) -> str:
+    """The result's time next to that of the row's first backend, if it is another."""
+    first = next((other for other in report.timed() if other.key == result.key), result)
+    if first is result or result.fastgpt_time is None or first.fastgpt_time is None:
+        return ""
+    return f"  {result.fastgpt_time.median / first.fastgpt_time.median:.2f}× the time of {first.backend}"
+
+
 def machine_line(report: Report) -> str:
     machine = report.machine
     where = machine["gpu"] if report.device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
@@ -157,10 +171,12 @@ def machine_line(report: Report) -> str:
 
 def table(report: Report) -> str:
     """Plain text, a section per benchmark."""
-    rows = [(result, _cells(result)) for result in report.results]
-    full = [HEADER, *(cells for _, cells in rows if len(cells) == len(HEADER))]
-    widths = [max(len(cells[column]) for cells in full) for column in range(len(HEADER))]
-    for column in range(3):
+    lead = (*LEAD, "backend") if report.several_backends() else LEAD
+    header = lead + HEADER
+    rows = [(result, _cells(result, lead)) for result in report.results]
+    full = [header, *(cells for _, cells in rows if len(cells) == len(header))]
+    widths = [max(len(cells[column]) for cells in full) for column in range(len(header))]
+    for column in range(len(lead)):
         widths[column] = max([widths[column], *(len(cells[column]) for _, cells in rows)])
 
     def line(cells: tuple[str, ...]) -> str:
@@ -172,12 +188,12 @@ def table(report: Report) -> str:
     )
     lines = [machine_line(report), f"ceilings measured here: {rates}"]
     for bench in dict.fromkeys(result.bench for result in report.results):
-        lines += ["", bench, line(HEADER)]
+        lines += ["", bench, line(header)]
         for result, cells in rows:
             if result.bench != bench:
                 continue
             note = "" if result.reason is None else f"  {result.status}: {' '.join(result.reason.split())}"
-            lines.append(line(cells) + note)
+            lines.append(line(cells) + note + _beside(result, report))
         compared = dict.fromkeys(r.baseline for r in report.timed() if r.bench == bench and r.baseline)
         if compared:
             lines.append(f"baseline: {' | '.join(compared)}; ratio: baseline / fastgpt, medians")
@@ -193,16 +209,17 @@ def check_plot(path: Path) -> None:
         raise ValueError(f"{path} ends in none of .{', .'.join(sorted(formats))}")
 
 
-def _plot_bench(axes: Axes, bench: str, results: list[Result]) -> None:
-    groups = list(dict.fromkeys((result.workload, result.direction) for result in results))
+def _plot_bench(axes: Axes, bench: str, results: list[Result], several_backends: bool) -> None:
+    def group(result: Result) -> str:
+        backend = f"  {result.backend}" if several_backends else ""
+        return f"{result.workload}  {result.direction}{backend}"
+
+    groups = list(dict.fromkeys(map(group, results)))
     dtypes = [d for d in DTYPE_COLOURS if any(result.dtype == d for result in results)]
     thickness = 0.8 / len(dtypes)
     for index, dtype in enumerate(dtypes):
         own = [result for result in results if result.dtype == dtype]
-        places = [
-            groups.index((result.workload, result.direction)) + (index - (len(dtypes) - 1) / 2) * thickness
-            for result in own
-        ]
+        places = [groups.index(group(result)) + (index - (len(dtypes) - 1) / 2) * thickness for result in own]
         bars = axes.barh(
             places,
             [(result.ratio or 1) - 1 for result in own],
@@ -212,8 +229,7 @@ def _plot_bench(axes: Axes, bench: str, results: list[Result]) -> None:
         )
         axes.bar_label(bars, [f"{result.ratio:.2f}×" for result in own], padding=4, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
-    names = [f"{workload}  {direction}" for workload, direction in groups]
-    axes.set_yticks(range(len(groups)), names, fontsize=9)
+    axes.set_yticks(range(len(groups)), groups, fontsize=9)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xscale("log")  # twice as fast and half as fast are as far from 1
     ratios = [result.ratio or 1 for result in results]
@@ -238,7 +254,7 @@ def plot(report: Report, path: Path) -> None:
     figure = Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for own, bench, panel in zip(axes[:, 0], benches, panels, strict=True):
-        _plot_bench(own, bench, panel)
+        _plot_bench(own, bench, panel, report.several_backends())
     figure.suptitle(machine_line(report), fontsize=9, x=0.01, ha="left")
     shown = [dtype for dtype in DTYPE_COLOURS if any(result.dtype == dtype for result in results)]
     patches = [Patch(color=DTYPE_COLOURS[dtype], label=dtype) for dtype in shown]

@@ -64,17 +64,18 @@ def _differentiable_case(
     direction: str,
     inputs: dict[str, Tensor],
     outputs: tuple[str, ...],
-    candidate: Function,
+    candidate: Callable[[str], Function],
     ways: dict[str, Function],
     oracle: Function,
 ) -> Case:
-    """The forward of functions of the same inputs, or their backward for random gradients."""
+    """The forward of functions of the same inputs, or their backward for random gradients; ``candidate`` is
+    that of a backend."""
     tensors = tuple(inputs.values())
     if direction == "forward":
         return Case(
             outputs,
             OUTPUT_FACTOR,
-            lambda: candidate(*tensors),
+            lambda backend: functools.partial(candidate(backend), *tensors),
             {name: functools.partial(baseline, *tensors) for name, baseline in ways.items()},
             lambda: oracle(*(t.double() for t in tensors)),
         )
@@ -93,7 +94,7 @@ def _differentiable_case(
     return Case(
         tuple(f"d{name}" for name in inputs),
         GRADIENT_FACTOR,
-        _backward(candidate, tensors, douts),
+        lambda backend: _backward(candidate(backend), tensors, douts),
         {name: backward(baseline) for name, baseline in ways.items()},
         exact_gradients,
     )
@@ -131,7 +132,7 @@ class Attention:
         flop = 4.0 * self.headdim * pairs * self.nheads * self.batch
         return Work(flop if direction == "forward" else 2.5 * flop, "FLOP", "sgemm")
 
-    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+    def case(self, device: str, dtype: torch.dtype, direction: str) -> Case:
         lead = (device, dtype, self.batch, self.seqlen)
         inputs = {
             "q": _randn(*lead, self.nheads, self.headdim),
@@ -140,8 +141,10 @@ class Attention:
         }
         mask = baselines.window_mask(self.seqlen, self.window, device) if self.window >= 0 else None
 
-        def candidate(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
-            return (fastgpt.attention(q, k, v, window_size=(self.window, -1), backend=backend),)
+        def candidate(backend: str) -> Function:
+            return lambda q, k, v: (
+                fastgpt.attention(q, k, v, window_size=(self.window, -1), backend=backend),
+            )
 
         def baseline(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
             return (baselines.attention(q, k, v, mask),)
@@ -216,7 +219,7 @@ class Decode:
     def work(self, dtype: torch.dtype, direction: str) -> Work:
         return Work(self._cache_bytes(dtype, self.keys), "B", "read")
 
-    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+    def case(self, device: str, dtype: torch.dtype, direction: str) -> Case:
         q = _randn(device, dtype, self.batch, 1, self.nheads, self.headdim)
         shape = self.batch, self.keys + self.SPARE, self.nheads_k, self.headdim
         k_cache, v_cache = (_randn(device, dtype, *shape) for _ in range(2))
@@ -225,8 +228,8 @@ class Decode:
         k, v = (cache[:, : self.keys].transpose(1, 2).contiguous() for cache in (k_cache, v_cache))
         cache_seqlens = torch.full((self.batch,), self.keys, dtype=torch.int32, device=device)
 
-        def candidate() -> Tensors:
-            return (
+        def candidate(backend: str) -> Callable[[], Tensors]:
+            return lambda: (
                 fastgpt.attention_with_kvcache(
                     q, k_cache, v_cache, cache_seqlens=cache_seqlens, backend=backend
                 ),
@@ -284,7 +287,7 @@ class Norm:
             matrices = 4
         return Work(float(matrices * self.rows * self.columns * dtype.itemsize), "B", "copy")
 
-    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+    def case(self, device: str, dtype: torch.dtype, direction: str) -> Case:
         inputs = {"x": _randn(device, dtype, self.rows, self.columns)}
         if self.residual:
             inputs["residual"] = _randn(device, dtype, self.rows, self.columns)
@@ -315,7 +318,7 @@ class Norm:
         ways: dict[str, Function] = {name: baseline}
         if device == "cuda":
             ways["torch.compile"] = _compiled(baseline)
-        case = _differentiable_case(direction, inputs, outputs, fused(backend), ways, fused("reference"))
+        case = _differentiable_case(direction, inputs, outputs, fused, ways, fused("reference"))
         return _with_ways(case, device)
 
 
@@ -346,7 +349,7 @@ class Model:
         tokens = self.batch * (self.prompt if direction == "prefill" else 1)
         return Work(float(tokens), "token", None)
 
-    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
+    def case(self, device: str, dtype: torch.dtype, direction: str) -> Case:
         model = self._model().to(device, dtype)
         prompt = torch.randint(model.config.vocab_size, (self.batch, self.prompt), device=device)
         token = prompt[:, :1]
@@ -368,7 +371,7 @@ class Model:
         return Case(
             ("logits",),
             OUTPUT_FACTOR,
-            of(model, backend),
+            functools.partial(of, model),
             {"the same GPT by torch": of(model, "torch")},
             lambda: of(copy.deepcopy(model).double(), "reference")(),
         )
@@ -397,8 +400,8 @@ class Launch:
     def work(self, dtype: torch.dtype, direction: str) -> Work:
         return Work(1.0, "call", None)
 
-    def case(self, device: str, dtype: torch.dtype, direction: str, backend: str) -> Case:
-        case = self._small().case(device, dtype, "forward", backend)
+    def case(self, device: str, dtype: torch.dtype, direction: str) -> Case:
+        case = self._small().case(device, dtype, "forward")
         return dataclasses.replace(case, timed={"an empty Triton launch": baselines.empty_launch()})
 
 
@@ -449,14 +452,14 @@ TABLES: dict[str, tuple[Attention | Decode | Norm | Model, ...]] = {
 # The most telling first: a run may be cut short, and goes on there.
 GPU_TABLES: dict[str, tuple[Attention | Decode | Norm | Model | Launch, ...]] = {
     "attention": (
-        Attention(2, 16, 8192, 128),
         Attention(1, 16, 16384, 128),
-        Attention(4, 16, 4096, 128),
         Attention(1, 32, 16384, 64),
+        Attention(1, 8, 16384, 256),
+        Attention(4, 16, 4096, 128),
         Attention(2, 32, 8192, 128, nheads_k=8),
         Attention(8, 16, 2048, 128),
         Attention(1, 16, 16384, 128, window=1024),
-        Attention(2, 8, 8192, 256),
+        Attention(2, 16, 8192, 128),
         Attention(16, 12, 1024, 64),
         Attention(2, 16, 8192, 80),
     ),

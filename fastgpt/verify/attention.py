@@ -216,7 +216,7 @@ TILED = {
 }
 
 # What the small ones do not reach: many blocks in both directions, the configurations of GPUs.
-MEDIUM = TILED | {
+MEDIUM = {
     "medium": Variant(_C(2, 1024, 1024, 8, 8, 64, 64)),
     "medium, grouped heads": Variant(_C(1, 2048, 2048, 8, 2, 128, 128)),
     "medium, d 256": Variant(_C(1, 1000, 1100, 4, 4, 256, 256)),

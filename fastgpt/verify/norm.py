@@ -53,6 +53,7 @@ CASES = [
     NormCase((257,), 7, residual=True, prenorm=True),
     NormCase((257,), 64),
     NormCase((3, 1, 5), 64, weight="float32", residual=True),
+    NormCase((67,), 512, residual=True, prenorm=True),
     NormCase((1,), 576, bias=False, residual=True, prenorm=True),
     NormCase((2, 17), 576, weight="float32", bias=False, residual=True, prenorm=True),
     NormCase((257,), 768, residual=True, prenorm=True),

@@ -117,7 +117,8 @@ def _cases(medium: bool) -> Iterator[tuple[str, str, str, Callable[..., list[Res
     for plain in attention.ATTENTION:
         field_ = _attention_field(attention.Variant(plain))
         yield "attention", field_, str(plain), functools.partial(attention.case_results, plain)
-    for name, variant in (attention.VARIANTS | (attention.MEDIUM if medium else {})).items():
+    variants = attention.VARIANTS | attention.TILED | (attention.MEDIUM if medium else {})
+    for name, variant in variants.items():
         results = functools.partial(attention.variant_results, variant)
         yield "attention", _attention_field(variant), name, results
     for cached in decode.DECODE:
@@ -202,8 +203,8 @@ def _answers(device: str) -> bool:
 
 
 def run(checks: list[Check], backend: str, device: str, jobs: int) -> Iterator[Verdict]:
-    """The verdicts, as they come."""
-    if jobs == 1 and device == "cpu":
+    """The verdicts, as they come; of one job, from this process."""
+    if jobs == 1:
         for check in checks:
             yield judged(check, backend, device)
         return
