@@ -12,7 +12,7 @@ import pytest
 
 from fastgpt import dispatch
 from fastgpt.verify import run
-from fastgpt.verify.attention import VARIANTS, TILED
+from fastgpt.verify.attention import TILED, VARIANTS
 from fastgpt.verify.decode import DECODE_VARIANTS
 
 ROOT = Path(__file__).parents[1]

@@ -223,7 +223,7 @@ def check_qkv(
         raise ValueError(f"{kn}: got headdim {headdim_k}, expected {headdim} like {qn}")
     if v_lead != k_lead or nheads_v != nheads_k:
         raise ValueError(
-            f"{vn}: got shape {shape_of(v)}, expected {shape_of(k)[:-1]} like {kn}, up to the headdim"
+            f"{vn}: got shape {shape_of(v)}, expected {shape_of(k[..., 0])[:-1]}, headdim_v) like {kn}"
         )
     if nheads_k < 1 or nheads % nheads_k != 0:
         raise ValueError(f"{kn}: got {nheads_k} heads, expected a divisor of the {nheads} heads of {qn}")

@@ -89,6 +89,17 @@ def _keep_factor(
     return keep.to(p.dtype) / (1 - spec.dropout_p)
 
 
+def signed_probabilities(
+    q: Tensor, k: Tensor, lse: Tensor, spec: AttentionSpec, tensors: AttentionTensors, first_batch: int = 0
+) -> Tensor:
+    """(batch, nheads, sq, sk): the probabilities, negative where dropout drops them."""
+    p = _probabilities(_scores(q, k, spec, tensors)[0], lse)
+    if not spec.dropout_p:
+        return p
+    assert tensors.rng_state is not None
+    return torch.where(philox_keep(tensors.rng_state, spec.dropout_p, p.shape, first_batch), p, -p)
+
+
 def _forward_dense(
     q: Tensor,
     k: Tensor,
