@@ -236,6 +236,18 @@ def test_the_kernel_cuts_as_the_ranges_say(lengths, multiprocessors, monkeypatch
         assert buffer.isfinite().flatten(1).any(1).sum() == len(written)
 
 
+@pytest.mark.parametrize("batch", [129, 300])
+def test_more_sequences_than_threads(batch, monkeypatch):
+    """Of which a thread sums up several."""
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 5)
+    lengths = int32(*(37 * b % 150 for b in range(batch - 1)), 150)
+    q, cache = torch.randn(batch, 1, 1, 64).half(), torch.randn(2, batch, 150, 1, 64).half()
+    tensors = DecodeTensors(None, None, lengths)
+    ranged, uncut = (forward(q, *cache, DecodeSpec(0.1, num_splits=n), tensors) for n in (0, 1))
+    torch.testing.assert_close(ranged[0], uncut[0], rtol=0, atol=2e-3)
+    torch.testing.assert_close(ranged[1], uncut[1], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
 def test_same_bits_in_any_batch_with_num_splits(num_splits, monkeypatch):
     """On any GPU: neither the other lengths nor the number of multiprocessors matter."""
