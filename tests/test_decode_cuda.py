@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
-from backends import AVAILABLE
+from backends import AVAILABLE, assert_parity
 
 from fastgpt.ops import cuda
 from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
+from fastgpt.verify.decode import DecodeCase, DecodeVariant, variant_results
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in AVAILABLE or not cuda.EMULATED, reason="the emulated CUDA kernels are not available"
@@ -94,7 +97,181 @@ def test_parts_are_as_many_as_fill_the_gpu():
         shape = batch, 1, 1, 4 * nheads_k, nheads_k, 128, 128, capacity
         return _cuda_emulated.decode_parts(132, half, half, *shape, window_left, num_splits)
 
-    assert parts(8, 8, 8192) == 4 and parts(1, 8, 131072) == 30 and parts(64, 8, 8192) == 1
-    assert parts(1, 1, 64) == 1 and parts(1, 1, 640) == 5
+    # All sequences' keys together, in blocks of 264 at once or in as few waves as are nine tenths full.
+    assert parts(8, 8, 8192) == parts(1, 8, 131072) == parts(64, 8, 8192) == 33
+    assert parts(8, 96, 8192) == 5 and parts(8, 300, 8192) == 4
+    assert parts(1, 1, 64) == 1 and parts(1, 1, 640) == 5 and parts(3, 1, 640) == 15
     assert parts(1, 1, 640, num_splits=7) == 7 and parts(1, 1, 640, num_splits=1000) == 10
     assert parts(1, 1, 2**20, num_splits=9, window_left=100) == 3
+
+
+def ranges(tiles, parts):
+    """{range: [(sequence, first tile, end)]} as the kernel cuts sequences of so many tiles."""
+    from fastgpt import _cuda_emulated
+
+    found: dict[int, list] = {}
+    for i, *part in _cuda_emulated.decode_ranges(tiles, parts):
+        found.setdefault(i, []).append(tuple(part))
+    return found
+
+
+def draw_tiles(generator):
+    batch = generator.choice([1, 2, 5, 8, 33, 50, 300])
+    most = generator.choice([0, 1, 3, 100, 4000])
+    return [generator.choice([0, 1, most, generator.randint(0, most)]) for _ in range(batch)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranges_have_equally_many_tiles(seed):
+    """None has more than the mean, rounded up, and one; with more sequences than ranges, each of which counts
+    as a tile, the mean of all, and one. Every tile is in one range, and each sequence without tiles."""
+    generator = random.Random(seed)
+    tiles, parts = draw_tiles(generator), generator.choice([1, 2, 7, 33, 264])
+    found, ends, opened = ranges(tiles, parts), [0] * len(tiles), set()
+    mean = -(-(sum(tiles) + len(tiles) * (len(tiles) > parts)) // parts)
+    for i in sorted(found):
+        assert 0 <= i < parts
+        assert sum(end - begin for _, begin, end in found[i]) <= mean + 1
+        for b, begin, end in found[i]:
+            assert begin == ends[b] and (begin < end or (tiles[b] == 0 and b not in opened))
+            ends[b] = end
+            opened.add(b)
+        assert all(end == tiles[b] for b, _, end in found[i][:-1])
+        assert all(begin == 0 for _, begin, _ in found[i][1:])
+    assert ends == tiles and len(opened) == len(tiles)
+
+
+@pytest.mark.parametrize(
+    "batch, parts, tiles", [(8, 33, 128), (8, 33, 4), (16, 33, 64), (1, 33, 66), (64, 33, 8)]
+)
+def test_equal_lengths_are_cut_equally(batch, parts, tiles):
+    """As many parts of each sequence, none longer than another by more than one tile, or as many sequences in
+    each range, where that gives no block more than a tile beyond the mean."""
+    count = max(parts // batch, 1)
+    found = ranges([tiles] * batch, parts)
+    pieces = [end - begin for part in found.values() for _, begin, end in part]
+    assert len(pieces) == batch * min(count, tiles)
+    assert max(pieces) - min(pieces) <= 1
+    assert {len(part) for part in found.values()} == {-(-batch // parts)}
+
+
+def test_equal_lengths_are_not_cut_equally_for_two_tiles():
+    assert len(ranges([128] * 8, 33)) == 32 and len(ranges([260] * 8, 33)) == 33
+
+
+RAGGED = {
+    "one long": DecodeVariant(DecodeCase(1, 0, 1400, (60, 1400, 3, 64, 0), 4, 2, 64, 64)),
+    "appended": DecodeVariant(DecodeCase(1, 1, 1000, (0, 0, 999, 63, 64, 300), 4, 2, 64, 48)),
+    "more sequences than ranges": DecodeVariant(
+        DecodeCase(1, 1, 500, (400, 0, 3, 499, 64, 1, 130, 2, 300), 8, 2, 64, 64), sink=True
+    ),
+    "two of rows": DecodeVariant(DecodeCase(5, 5, 700, (600, 0, 90), 8, 2, 64, 64), sink=True),
+    "window": DecodeVariant(
+        DecodeCase(3, 3, 900, (890, 5, 300, 0), 4, 2, 64, 64, window=(200, 0)), sink=True
+    ),
+    "left padding": DecodeVariant(
+        DecodeCase(1, 1, 900, (200, 800, 0), 4, 2, 64, 64), leftpad=(600, 0, 17), rotary_dim=64
+    ),
+    "pages": DecodeVariant(DecodeCase(1, 1, 960, (900, 0, 33, 200), 4, 2, 128, 128), page_size=16),
+    "int8, pages": DecodeVariant(
+        DecodeCase(2, 2, 960, (900, 0, 33, 200), 4, 1, 64, 64),
+        page_size=64,
+        cache_dtype=torch.int8,
+        descale=(4, 1),
+    ),
+    "wide": DecodeVariant(DecodeCase(1, 1, 200, (190, 0, 20), 2, 1, 256, 200)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 3, 14])
+@pytest.mark.parametrize("name", RAGGED)
+def test_ragged_parity(name, multiprocessors, dtype, monkeypatch):
+    """With more and with fewer ranges than sequences; what is not written is NaN, or the largest number."""
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: multiprocessors)
+    for what, *values in variant_results(RAGGED[name], "cuda", dtype):
+        assert_parity(what, *values)
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_ragged_parity_with_num_splits(name):
+    for num_splits in (1, 5):
+        variant = RAGGED[name]
+        variant = variant._replace(case=variant.case._replace(num_splits=num_splits))
+        for what, *values in variant_results(variant, "cuda", torch.float16):
+            assert_parity(what, *values)
+
+
+BLOCK_KEYS = 64  # a tile of four warps, at head dim 128 in 16 bits
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 9, 40])
+@pytest.mark.parametrize(
+    "lengths", [(900, 0, 64, 65, 1000, 1), (1000,), (512,) * 6, (70, 3, 400) * 4, (0, 0, 30, 0, 0)]
+)
+def test_the_kernel_cuts_as_the_ranges_say(lengths, multiprocessors, monkeypatch):
+    """Which sequences are to be merged, of which parts; and the parts of those alone are written."""
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: multiprocessors)
+    buffers, new_empty = {}, torch.Tensor.new_empty
+
+    def record(t, *shape, dtype=None):
+        kind = "out" if dtype is None else "cuts" if dtype == torch.int32 else len(shape)
+        buffers[kind] = new_empty(t, *shape, dtype=dtype or t.dtype)
+        return buffers[kind].fill_(2) if kind == "cuts" else buffers[kind]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", record)
+    q, cache = torch.randn(len(lengths), 1, 2, 128).half(), torch.randn(2, len(lengths), 1000, 1, 128).half()
+    forward(q, *cache, DecodeSpec(0.1), DecodeTensors(None, None, int32(*lengths)))
+    parts = len(buffers[3]) // 2
+    expected, written = {}, set()
+    for i, found in ranges([-(-n // BLOCK_KEYS) for n in lengths], parts).items():
+        for b, begin, end in found:
+            if end - begin < -(-lengths[b] // BLOCK_KEYS):
+                expected.setdefault(b, []).append(i)
+                written.add(i if begin else parts + i)
+    cuts = {b: list(range(first, first + n)) for b, first, n in buffers["cuts"].tolist() if n > 1}
+    assert cuts == expected
+    for buffer in (buffers[3], buffers[4]):
+        assert set(buffer.isfinite().flatten(1).all(1).nonzero().flatten().tolist()) == written
+        assert buffer.isfinite().flatten(1).any(1).sum() == len(written)
+
+
+@pytest.mark.parametrize("batch", [129, 300])
+def test_more_sequences_than_threads(batch, monkeypatch):
+    """Of which a thread sums up several."""
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 5)
+    lengths = int32(*(37 * b % 150 for b in range(batch - 1)), 150)
+    q, cache = torch.randn(batch, 1, 1, 64).half(), torch.randn(2, batch, 150, 1, 64).half()
+    tensors = DecodeTensors(None, None, lengths)
+    ranged, uncut = (forward(q, *cache, DecodeSpec(0.1, num_splits=n), tensors) for n in (0, 1))
+    torch.testing.assert_close(ranged[0], uncut[0], rtol=0, atol=2e-3)
+    torch.testing.assert_close(ranged[1], uncut[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 5])
+def test_same_bits_in_any_batch_with_num_splits(num_splits, monkeypatch):
+    """On any GPU: neither the other lengths nor the number of multiprocessors matter."""
+    lengths = int32(700, 0, 64, 130, 1)
+    q, cache = torch.randn(5, 2, 4, 64).half(), torch.randn(2, 5, 800, 2, 64).half()
+    k, v = torch.randn(2, 5, 2, 2, 64).half()
+
+    def run(multiprocessors, rows):
+        monkeypatch.setattr(cuda, "multiprocessors", lambda device: multiprocessors)
+        spec = DecodeSpec(0.1, 300, 0, num_splits=num_splits)
+        tensors = DecodeTensors(k[rows], v[rows], lengths[rows])
+        return forward(q[rows], *cache[:, rows].clone(), spec, tensors)
+
+    together = run(2, slice(None))
+    for b in range(5):
+        for whole, alone in zip(together, run(40, slice(b, b + 1)), strict=True):
+            assert torch.equal(whole[b : b + 1], alone)
+
+
+def test_same_bits_in_ranges_of_the_same_lengths():
+    """Twice the same call, with num_splits = 0, in the same buffers that something else has used."""
+    q, cache = torch.randn(5, 1, 4, 64).half(), torch.randn(2, 5, 800, 2, 64).half()
+    results = []
+    for lengths in ((700, 0, 64, 130, 1), (1, 800, 800, 0, 90), (700, 0, 64, 130, 1)):
+        tensors = DecodeTensors(None, None, int32(*lengths))
+        results.append(forward(q, *cache, DecodeSpec(0.1), tensors))
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))

@@ -8,12 +8,15 @@
 // p rounded to q's type, those of fp32 are fp32's; they accumulate in fp32, and softmax, lse and the parts'
 // results are fp32.
 //
-// A block owns one part of the keys of one head of k of one sequence, for 16 rows. A row is one query of one
+// A block owns parts of the keys of one head of k, one after another, for 16 rows. A row is one query of one
 // head; all heads of a group share their keys, so row r is query r / group of head r % group of the group.
-// Parts are of equal size, cut from the keys that the sequence has, a number which is read on the GPU: the
-// grid depends on shapes alone. The block's warps take tiles of keys in turn, each with softmax state (m, l,
-// acc), pipeline and shared memory of its own, and meet at the end. Where there are several parts, a second
-// kernel merges them. Both add up in a fixed order, without atomics: the same bits every time, in any batch.
+// With num_splits, the keys of each sequence are cut into that many parts of equal size, and a block has one:
+// a sequence's result does not depend on the batch. With num_splits = 0, blocks have parts of several
+// sequences, and equally many tiles of keys, however lengths differ (balance.h). Lengths are read on the GPU:
+// the grid depends on shapes alone. The block's warps take tiles of a part in turn, each with softmax state
+// (m, l, acc), pipeline and shared memory of its own, and meet at its end. Where a sequence has several
+// parts, a second kernel merges them. Both add up in a fixed order, without atomics: the same bits every
+// time.
 //
 // What bounds this is memory: a warp has kStages tiles of k and of v of which all but a half of one are
 // always under way (cp.async, 16 bytes a copy), 48 KiB of a block or more, of which two or three are on
@@ -34,6 +37,7 @@
 #include <type_traits>
 
 #include "async_copy.h"
+#include "balance.h"
 #include "device.h"
 #include "launch.h"
 #include "mma.h"
@@ -56,6 +60,14 @@ constexpr int kLeastTiles = 2;    // of a warp in a part of num_splits = 0
 constexpr int kPipelineBytes = 64 << 10;
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = INFINITY;
 
+// A block's range, with num_splits = 0, and the part that it is at.
+struct Plan {
+  Walk walk;
+  Ranges ranges;
+  int64_t origin;          // the range's first unit
+  int64_t b, tiles, slot;  // of the part: the sequence, its tiles; where results go, -1 for out and lse
+};
+
 // What a kernel is compiled for: rows of up to kDim elements. Not measured on hardware yet.
 template <class Q, class C, int kDim>
 struct Shape {
@@ -76,14 +88,13 @@ struct Shape {
   static constexpr int kQueryBytes = kRows * kDim * sizeof(Q);
   static constexpr bool kMma = sizeof(Q) == 2;
   static constexpr int kProbBytes = kMma ? 0 : kWarps * kRows * kKeys * 4;
-  static constexpr int kSharedBytes = kPipelineBytes + kQueryBytes + kProbBytes;
+  static constexpr int kPlanAt = kPipelineBytes + kQueryBytes + kProbBytes;
+  static constexpr int kSharedBytes = kPlanAt + sizeof(Plan);
+  static constexpr int kBlockKeys = kWarps * kKeys;
   static_assert(kStages >= 2 && kKeys % 8 == 0);
+  static_assert(kSharedBytes <= 99 << 10);  // what sm_86 and sm_89 have
   static_assert(kWarps * kRows * (kDim + 2) * 4 + kRows * kWarps * 4 <= kPipelineBytes);
 };
-
-FASTGPT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTGPT_HD int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTGPT_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x, of which the compiler does not know that it is x: addresses that depend on it are computed where they
 // are used, and not ahead of a loop, into more registers than there are.
@@ -168,6 +179,11 @@ __device__ __forceinline__ float dequantised(e4m3 x) {
   return magnitude == 0x7f ? NAN : y;
 }
 
+__device__ __forceinline__ float descale_of(const DeviceDecode& p, const float* descale, int64_t b,
+                                            int64_t head_k) {
+  return descale ? descale[b * p.descale_batch_stride + head_k] : 1.0f;
+}
+
 // Four neighbouring elements of row `row` of a tile.
 template <class S>
 __device__ __forceinline__ void load_four(const unsigned char* tile, int row, int column, float (&x)[4]) {
@@ -186,8 +202,8 @@ __device__ __forceinline__ void load_four(const unsigned char* tile, int row, in
 // What a block owns. Blocks with the same keys are neighbours; then heads, which are neighbours in memory.
 struct Block {
   int group, rows;  // query heads of a head of k, and rows of all blocks for it
-  int first_row, head_k, part;
-  int64_t b;
+  int first_row, head_k;
+  int part;  // of all sequences', or range
 
   __device__ __forceinline__ Block(const DeviceDecode& p, int id) {
     group = static_cast<int>(p.nheads) / static_cast<int>(p.nheads_k);
@@ -196,9 +212,7 @@ struct Block {
     first_row = id % tiles * kRows;
     id /= tiles;
     head_k = id % static_cast<int>(p.nheads_k);
-    id /= static_cast<int>(p.nheads_k);
-    part = id % static_cast<int>(p.parts);
-    b = id / static_cast<int>(p.parts);
+    part = id / static_cast<int>(p.nheads_k);
   }
 };
 
@@ -234,6 +248,14 @@ struct Sequence {
     mask = Mask(p.seqlen_q, cached + p.seqlen_new, p.window_left, p.window_right);
     mask.seqlen_k = least(mask.seqlen_k, largest(room - padding, 0));
   }
+  // The first of the keys that queries see or that are to be written, and how many there are up to the last.
+  __device__ __forceinline__ int64_t first_key(const DeviceDecode& p) const {
+    return p.seqlen_new > 0 ? least(mask.begin(0), cached) : mask.begin(0);
+  }
+  __device__ __forceinline__ int64_t keys(const DeviceDecode& p) const {
+    int64_t end = p.seqlen_new > 0 ? mask.seqlen_k : mask.end(p.seqlen_q - 1);
+    return largest(end - first_key(p), 0);
+  }
   // Where key j is in the caches.
   __device__ __forceinline__ Place place_of(int j) const {
     int row = pad + j;
@@ -242,6 +264,73 @@ struct Sequence {
     return {__ldg(table + block), row - block * page_size};
   }
 };
+
+template <class S>
+__device__ __forceinline__ int64_t tiles_of(const DeviceDecode& p, int64_t b) {
+  return divide_up(Sequence(p, b).keys(p), S::kBlockKeys);
+}
+
+// Fills in the block's plan up to its first part; false where it has none. Each thread sums up neighbouring
+// sequences; that whose sequences the range begins in goes through them again.
+template <class S>
+__device__ __forceinline__ bool find_range(const DeviceDecode& p, int64_t range, Plan& plan) {
+  int64_t* sums = shared_memory<int64_t>();
+  int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  int64_t each = divide_up(p.batch, S::kThreads), b = thread * each, end = least(b + each, p.batch), own = 0;
+#pragma unroll 4
+  for (int64_t i = b; i < end; i++) own += tiles_of<S>(p, i) + 1;
+  int64_t before = own, units = 0;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    int64_t other = __shfl_up_sync(kAllLanes, before, distance);
+    if (lane >= distance) before += other;
+  }
+  if (lane == 31) sums[warp] = before;
+  if (thread == 0) plan.walk.size = 0;
+  __syncthreads();
+  before -= own;
+#pragma unroll
+  for (int w = 0; w < S::kWarps; w++) {
+    if (w < warp) before += sums[w];
+    units += sums[w];
+  }
+  Ranges ranges(units, p.batch, p.parts);
+  int64_t origin = ranges.begin(range);
+  if (range < ranges.count && origin >= before && origin < before + own) {
+    Walk walk{b, origin - before, ranges.begin(range + 1) - origin};
+    int64_t tiles = tiles_of<S>(p, b);
+    for (; walk.start > tiles; tiles = tiles_of<S>(p, walk.b)) walk.next(tiles);
+    if (!walk.takes_part(tiles) && !walk.next(tiles)) walk.size = 0;
+    plan.walk = walk;
+    plan.ranges = ranges;
+    plan.origin = origin;
+  }
+  __syncthreads();
+  return plan.walk.size > 0;
+}
+
+// Of the part that a block is at: says in its plan where results go, and in `cuts` of which parts the
+// sequence is.
+__device__ __forceinline__ void note(const DeviceDecode& p, const Block& block, const Walk& walk,
+                                     int64_t tiles, Plan& plan) {
+  plan.b = walk.b;
+  plan.tiles = tiles;
+  plan.slot = p.parts > 1 ? block.part : -1;
+  if (!p.cuts) return;
+  bool cut = walk.cuts(tiles), opens = walk.opens();
+  if (!cut)
+    plan.slot = -1;
+  else if (opens)
+    plan.slot += p.parts;
+  if (opens && block.first_row == 0 && block.head_k == 0) {
+    // With more sequences than ranges, of the last one that the range opens: no other is cut.
+    int32_t* row = p.cuts + 3 * (p.batch > p.parts ? block.part : walk.b);
+    int64_t last = plan.origin - walk.start + tiles - 1;  // of the sequence's units
+    row[0] = static_cast<int32_t>(walk.b);
+    row[1] = block.part;
+    row[2] = cut ? static_cast<int32_t>(plan.ranges.of(last)) - block.part + 1 : 1;
+  }
+}
 
 // Element `column` of a row of q, k_new or, with rotary_dim 0, v_new, rotated as at `position`, rounded to T:
 // NaN where the tables have no row for it. Each step is rounded, as it is where this is defined.
@@ -351,7 +440,7 @@ __device__ __forceinline__ void load_queries(const DeviceDecode& p, const Sequen
   int dim = static_cast<int>(p.headdim);
   bool step = p.window_left >= 0 || p.window_right >= 0;
 #pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * S::kWidth; i += S::kThreads) {
+  for (int i = opaque(static_cast<int>(threadIdx.x)); i < kRows * S::kWidth; i += S::kThreads) {
     int r = i / S::kWidth, column = i % S::kWidth;
     int row = block.first_row + r, query = row / block.group;
     float x = 0.0f;
@@ -574,12 +663,12 @@ struct Rows {
 // out and lse, or those of a part, of the rows whose states the warps have left in shared memory: out in
 // base-2 softmax with largest score m, sum l and sum of values acc.
 template <class S>
-__device__ __forceinline__ void store_rows(const DeviceDecode& p, const Block& block) {
+__device__ __forceinline__ void store_rows(const DeviceDecode& p, const Block& block, const Plan& plan) {
   float* acc = shared_memory<float>();
   float* m = acc + S::kWarps * kRows * S::kWidth;
   float* l = m + S::kWarps * kRows;
   float* weights = l + S::kWarps * kRows;  // (kRows, kWarps)
-  int thread = static_cast<int>(threadIdx.x);
+  int thread = opaque(static_cast<int>(threadIdx.x));
   auto place = [&](int r, int64_t& query, int64_t& head) {
     int row = block.first_row + r;
     query = row / block.group;
@@ -596,14 +685,13 @@ __device__ __forceinline__ void store_rows(const DeviceDecode& p, const Block& b
       weight[w] = exp2f(m[w * kRows + thread] - finite);
       sum += weight[w] * l[w * kRows + thread];
     }
-    float v_descale = p.v_descale ? p.v_descale[block.b * p.descale_batch_stride + block.head_k] : 1.0f;
-    float inverse = sum == 0.0f ? 0.0f : v_descale / sum;
+    float inverse = sum == 0.0f ? 0.0f : descale_of(p, p.v_descale, plan.b, block.head_k) / sum;
 #pragma unroll
     for (int w = 0; w < S::kWarps; w++) weights[thread * S::kWarps + w] = weight[w] * inverse;
     int64_t query, head;
     if (place(thread, query, head)) {
-      float* lse = p.parts > 1 ? p.part_lse : p.lse;
-      lse[((block.b * p.nheads + head) * p.seqlen_q + query) * p.parts + block.part] =
+      float* lse = plan.slot < 0 ? p.lse : p.part_lse;
+      lse[((plan.slot < 0 ? plan.b : plan.slot) * p.nheads + head) * p.seqlen_q + query] =
           sum == 0.0f ? -kInfinity : (finite + log2f(sum)) * kLn2;
     }
   }
@@ -616,12 +704,12 @@ __device__ __forceinline__ void store_rows(const DeviceDecode& p, const Block& b
 #pragma unroll
     for (int w = 0; w < S::kWarps; w++)
       x += acc[(w * kRows + r) * S::kWidth + column] * weights[r * S::kWarps + w];
-    int64_t at =
-        (((block.b * p.seqlen_q + query) * p.nheads + head) * p.parts + block.part) * p.headdim_v + column;
-    if (p.parts > 1)
-      p.part_out[at] = x;
-    else
+    int64_t sequence = plan.slot < 0 ? plan.b : plan.slot;
+    int64_t at = ((sequence * p.seqlen_q + query) * p.nheads + head) * p.headdim_v + column;
+    if (plan.slot < 0)
       static_cast<typename S::Query*>(p.out)[at] = from_float<typename S::Query>(x);
+    else
+      p.part_out[at] = x;
   }
 }
 
@@ -630,205 +718,228 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident)
     decode_kernel(const __grid_constant__ DeviceDecode p) {
   typedef typename S::Query Query;
   typedef typename S::Cache Cache;
-  unsigned char* shared = shared_memory<unsigned char>();
-  unsigned char* shared_q = shared + kPipelineBytes;
-  int lane = static_cast<int>(threadIdx.x) % 32;
-  int warp =
-      __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);  // the same for all, to the compiler
-  int in_group = lane % 4;
-  unsigned char* tiles = shared + warp * (2 * S::kStages * S::kTileBytes);
-  float* probs = reinterpret_cast<float*>(shared_q + S::kQueryBytes) + warp * kRows * S::kKeys;
-  auto tile_k = [&](int stage) { return tiles + 2 * stage * S::kTileBytes; };
-  auto tile_v = [&](int stage) { return tiles + (2 * stage + 1) * S::kTileBytes; };
-
-  const Block block(p, static_cast<int>(blockIdx.x));
-  int64_t b = block.b, head_k = block.head_k;
-
-  // The keys that queries see, and those that are to be written, in parts.
-  Sequence sequence(p, b);
-  const Mask& mask = sequence.mask;
-  int64_t low = mask.begin(0), high = mask.end(p.seqlen_q - 1);
-  if (p.seqlen_new > 0) {
-    low = least(low, sequence.cached);
-    high = mask.seqlen_k;
+  Plan& plan = *reinterpret_cast<Plan*>(shared_memory<unsigned char>() + S::kPlanAt);
+  if (p.cuts) {
+    const Block block(p, static_cast<int>(blockIdx.x));
+    // A range that opens no sequence cuts none.
+    if (p.batch > p.parts && block.first_row == 0 && block.head_k == 0 && threadIdx.x == 0)
+      p.cuts[3 * block.part + 2] = 1;
+    if (!find_range<S>(p, block.part, plan)) return;
   }
-  constexpr int kBlockKeys = S::kWarps * S::kKeys;
-  int64_t size = divide_up(divide_up(largest(high - low, 0), p.parts), kBlockKeys) * kBlockKeys;
-  low += block.part * size;
-  high = least(low + size, high);
-  if (low >= high && block.part > 0) {
-    int row = block.first_row + static_cast<int>(threadIdx.x);
-    int64_t head = int64_t{block.head_k} * block.group + row % block.group;
-    if (threadIdx.x < kRows && row < block.rows)
-      p.part_lse[((b * p.nheads + head) * p.seqlen_q + row / block.group) * p.parts + block.part] =
-          -kInfinity;
-    return;
-  }
-  // Of these, what the block's rows see.
-  int64_t last_row = least(block.first_row + kRows, block.rows) - 1;
-  bool writes = block.first_row == 0 && p.seqlen_new > 0;
-  int begin = static_cast<int>(largest(mask.begin(block.first_row / block.group), low));
-  int end = static_cast<int>(least(mask.end(last_row / block.group), high));
-  int cached_end = static_cast<int>(least(end, sequence.cached));
-  int new_begin = static_cast<int>(largest(writes ? low : begin, sequence.cached));
-  int new_end = writes ? static_cast<int>(high) : p.seqlen_new > 0 ? end : 0;
-  int cached_tiles = static_cast<int>(divide_up(largest(cached_end - begin, 0), S::kKeys));
-  int all_tiles = cached_tiles + static_cast<int>(divide_up(largest(new_end - new_begin, 0), S::kKeys));
-  // The warp's are those of number warp, warp + kWarps, ...
-  auto first_of = [&](int tile) {
-    return tile < cached_tiles ? begin + tile * S::kKeys : new_begin + (tile - cached_tiles) * S::kKeys;
-  };
+  do {
+    unsigned char* shared = shared_memory<unsigned char>();
+    unsigned char* shared_q = shared + kPipelineBytes;
+    int thread = opaque(static_cast<int>(threadIdx.x));
+    int lane = thread & 31;
+    int warp = __shfl_sync(kAllLanes, thread / 32, 0);  // the same for all, to the compiler
+    int in_group = lane % 4;
+    unsigned char* tiles = shared + warp * (2 * S::kStages * S::kTileBytes);
+    float* probs = reinterpret_cast<float*>(shared_q + S::kQueryBytes) + warp * kRows * S::kKeys;
+    auto tile_k = [&](int stage) { return tiles + 2 * stage * S::kTileBytes; };
+    auto tile_v = [&](int stage) { return tiles + (2 * stage + 1) * S::kTileBytes; };
 
-  int dim = static_cast<int>(p.headdim), dim_v = static_cast<int>(p.headdim_v);
-  // Of tile `next`, that is copied next, this lane's key: found a tile ahead, as a block table takes time to
-  // read.
-  int next = warp;
-  Place place{};
-  auto find = [&] {
-    if (next >= cached_tiles) return;
-    int key = first_of(next) + lane % S::kKeys;
-    place = sequence.place_of(key < cached_end ? key : cached_end - 1);
-  };
-  auto copy = [&](unsigned char* tile, const Tensor& cache, int width) {
-    if (next < cached_tiles)
-      copy_tile<S>(tile,
-                   static_cast<const Cache*>(cache.data) + head_k * cache.head_stride + place.offset(cache),
-                   cached_end - first_of(next), width, p.vectors, lane);
-    commit_copies();
-  };
-  // What no copy reaches is 0.
-  if (dim < S::kWidth || dim_v < S::kWidth) {
-#pragma unroll 1
-    for (int i = lane * 16; i < 2 * S::kStages * S::kTileBytes; i += 32 * 16)
-      *reinterpret_cast<uint4*>(tiles + i) = uint4{0, 0, 0, 0};
-    __syncwarp();
-  }
-  find();
-#pragma unroll 1
-  for (int half = 0; half < 2 * S::kStages; half++) {
-    bool is_v = half % 2;
-    copy(tiles + half * S::kTileBytes, is_v ? p.v_cache : p.k_cache, is_v ? dim_v : dim);
-    if (!is_v) continue;
-    next += S::kWarps;
-    find();
-  }
-
-  auto q =
-      static_cast<const Query*>(p.q.data) + b * p.q.batch_stride + head_k * block.group * p.q.head_stride;
-  load_queries<S>(p, sequence, shared_q, q, block);
-  int64_t descale = b * p.descale_batch_stride + head_k;
-  float k_descale = p.k_descale ? p.k_descale[descale] : 1.0f,
-        v_descale = p.v_descale ? p.v_descale[descale] : 1.0f;
-  Rows state;
-  state.scale = p.softmax_scale * k_descale * (p.softcap != 0.0f ? 1.0f / p.softcap : kLog2e);
-  state.softcap = p.softcap * kLog2e;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    int row = block.first_row + lane / 4 + 8 * h, query = row / block.group;
-    int64_t head = head_k * block.group + row % block.group;
-    bool valid = row < block.rows;
-    state.begin[h] = static_cast<int>(mask.begin(query));
-    state.end[h] = valid ? static_cast<int>(mask.end(query)) : 0;
-    state.diagonal[h] = static_cast<int>(query + mask.shift);
-    state.slopes[h] =
-        valid && p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch_stride + head] * kLog2e : 0.0f;
-    // The sink is in the first part, as a key seen first, of value 0.
-    state.m[h] = valid && p.sink && block.part == 0 && warp == 0 ? p.sink[head] * kLog2e : -kInfinity;
-    state.l[h] = state.m[h] != -kInfinity && in_group == 0 ? 1.0f : 0.0f;
-  }
-  float acc[S::kWidth / 8][4];
-#pragma unroll
-  for (int n = 0; n < S::kWidth / 8; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) acc[n][e] = 0.0f;
-  __syncthreads();
-
-  int stage = 0;
-  for (int tile = warp; tile < all_tiles; tile += S::kWarps) {
-    lane = opaque(lane) & 31;
-    bool is_new = tile >= cached_tiles;
-    int first = first_of(tile), tile_end = is_new ? new_end : cached_end;
-    if (is_new) {
-#pragma unroll 1
-      for (int half = 0; half < 2; half++) {
-        const Tensor &from = half ? p.v_new : p.k_new, &to = half ? p.v_cache : p.k_cache;
-        append_tile<S>(
-            p, sequence, tile_k(stage) + half * S::kTileBytes,
-            static_cast<const Query*>(from.data) + b * from.batch_stride + head_k * from.head_stride, from,
-            static_cast<Cache*>(to.data) + head_k * to.head_stride, to, first, tile_end, half ? dim_v : dim,
-            half ? 0 : static_cast<int>(p.rotary_dim), half ? v_descale : k_descale, writes, lane);
+    const Block block(p, opaque(static_cast<int>(blockIdx.x)));
+    int64_t head_k = block.head_k;
+    Walk walk = p.cuts ? plan.walk : Walk{block.part / p.parts, 0, 0};
+    int64_t b = walk.b;
+    Sequence sequence(p, b);
+    const Mask& mask = sequence.mask;
+    int64_t keys = sequence.keys(p), sequence_tiles = divide_up(keys, S::kBlockKeys);
+    if (!p.cuts) {
+      walk.size = divide_up(sequence_tiles, p.parts);
+      walk.start = block.part % p.parts * walk.size;
+      if (block.part % p.parts > 0 && walk.start >= sequence_tiles) {
+        int row = block.first_row + static_cast<int>(threadIdx.x);
+        int64_t head = int64_t{block.head_k} * block.group + row % block.group;
+        if (threadIdx.x < kRows && row < block.rows)
+          p.part_lse[(block.part * p.nheads + head) * p.seqlen_q + row / block.group] = -kInfinity;
+        return;
       }
     }
-    // Each tile of k and of v is a group of copies, empty at the end.
-    wait_for_copies<2 * S::kStages - 1>();
-    __syncwarp();
-    float s[S::kKeys / 8][4], alpha[2];
-    multiply_keys<S>(shared_q, tile_k(stage), lane, s);
-    __syncwarp();
-    copy(tile_k(stage), p.k_cache, dim);
-    state.softmax(s, p.alibi_slopes != nullptr, first, tile_end, in_group, alpha);
-#pragma unroll
-    for (int n = 0; n < S::kWidth / 8; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) acc[n][e] *= alpha[e / 2];
-    wait_for_copies<2 * S::kStages - 1>();
-    __syncwarp();
-    multiply_values<S>(s, tile_v(stage), probs, lane, acc);
-    __syncwarp();
-    copy(tile_v(stage), p.v_cache, dim_v);
-    next += S::kWarps;
-    find();
-    stage = stage + 1 == S::kStages ? 0 : stage + 1;
-  }
+    // The part's keys; then, what the block's rows see of them.
+    int64_t first_key = sequence.first_key(p);
+    int64_t low = first_key + walk.begin() * S::kBlockKeys;
+    int64_t high = first_key + least(walk.end(sequence_tiles) * S::kBlockKeys, keys);
+    int64_t last_row = least(block.first_row + kRows, block.rows) - 1;
+    bool writes = block.first_row == 0 && p.seqlen_new > 0;
+    int begin = static_cast<int>(largest(mask.begin(block.first_row / block.group), low));
+    int end = static_cast<int>(least(mask.end(last_row / block.group), high));
+    int cached_end = static_cast<int>(least(end, sequence.cached));
+    int new_begin = static_cast<int>(largest(writes ? low : begin, sequence.cached));
+    int new_end = writes ? static_cast<int>(high) : p.seqlen_new > 0 ? end : 0;
+    int cached_tiles = static_cast<int>(divide_up(largest(cached_end - begin, 0), S::kKeys));
+    int all_tiles = cached_tiles + static_cast<int>(divide_up(largest(new_end - new_begin, 0), S::kKeys));
+    // The warp's are those of number warp, warp + kWarps, ...
+    auto first_of = [&](int tile) {
+      return tile < cached_tiles ? begin + tile * S::kKeys : new_begin + (tile - cached_tiles) * S::kKeys;
+    };
 
-  __syncthreads();
-  float* states = shared_memory<float>();
-  float* shared_m = states + S::kWarps * kRows * S::kWidth;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    int row = warp * kRows + lane / 4 + 8 * h;
-    float l = warp_sum(state.l[h], 4);
-    if (in_group == 0) {
-      shared_m[row] = state.m[h];
-      shared_m[S::kWarps * kRows + row] = l;
+    int dim = static_cast<int>(p.headdim), dim_v = static_cast<int>(p.headdim_v);
+    // Of tile `next`, that is copied next, this lane's key: found a tile ahead, as a block table takes time
+    // to read.
+    int next = warp;
+    Place place{};
+    auto find = [&] {
+      if (next >= cached_tiles) return;
+      int key = first_of(next) + lane % S::kKeys;
+      place = sequence.place_of(key < cached_end ? key : cached_end - 1);
+    };
+    auto copy = [&](unsigned char* tile, const Tensor& cache, int width) {
+      if (next < cached_tiles)
+        copy_tile<S>(tile,
+                     static_cast<const Cache*>(cache.data) + head_k * cache.head_stride + place.offset(cache),
+                     cached_end - first_of(next), width, p.vectors, lane);
+      commit_copies();
+    };
+    // What no copy reaches is 0.
+    if (dim < S::kWidth || dim_v < S::kWidth) {
+#pragma unroll 1
+      for (int i = lane * 16; i < 2 * S::kStages * S::kTileBytes; i += 32 * 16)
+        *reinterpret_cast<uint4*>(tiles + i) = uint4{0, 0, 0, 0};
+      __syncwarp();
     }
+    find();
+#pragma unroll 1
+    for (int half = 0; half < 2 * S::kStages; half++) {
+      bool is_v = half % 2;
+      copy(tiles + half * S::kTileBytes, is_v ? p.v_cache : p.k_cache, is_v ? dim_v : dim);
+      if (!is_v) continue;
+      next += S::kWarps;
+      find();
+    }
+
+    if (threadIdx.x == 0) note(p, block, walk, sequence_tiles, plan);
+
+    auto q =
+        static_cast<const Query*>(p.q.data) + b * p.q.batch_stride + head_k * block.group * p.q.head_stride;
+    load_queries<S>(p, sequence, shared_q, q, block);
+    Rows state;
+    state.scale = p.softmax_scale * descale_of(p, p.k_descale, b, head_k) *
+                  (p.softcap != 0.0f ? 1.0f / p.softcap : kLog2e);
+    state.softcap = p.softcap * kLog2e;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      int row = block.first_row + lane / 4 + 8 * h, query = row / block.group;
+      int64_t head = head_k * block.group + row % block.group;
+      bool valid = row < block.rows;
+      state.begin[h] = static_cast<int>(mask.begin(query));
+      state.end[h] = valid ? static_cast<int>(mask.end(query)) : 0;
+      state.diagonal[h] = static_cast<int>(query + mask.shift);
+      state.slopes[h] =
+          valid && p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch_stride + head] * kLog2e : 0.0f;
+      // The sink is in the first part, as a key seen first, of value 0.
+      state.m[h] = valid && p.sink && walk.opens() && warp == 0 ? p.sink[head] * kLog2e : -kInfinity;
+      state.l[h] = state.m[h] != -kInfinity && in_group == 0 ? 1.0f : 0.0f;
+    }
+    float acc[S::kWidth / 8][4];
 #pragma unroll
     for (int n = 0; n < S::kWidth / 8; n++)
 #pragma unroll
-      for (int e = 0; e < 2; e++) states[row * S::kWidth + column_of<S>(n, e, in_group)] = acc[n][2 * h + e];
-  }
-  __syncthreads();
-  store_rows<S>(p, Block(p, opaque(static_cast<int>(blockIdx.x))));
+      for (int e = 0; e < 4; e++) acc[n][e] = 0.0f;
+    __syncthreads();
+
+    int stage = 0;
+    for (int tile = warp; tile < all_tiles; tile += S::kWarps) {
+      lane = opaque(lane) & 31;
+      bool is_new = tile >= cached_tiles;
+      int first = first_of(tile), tile_end = is_new ? new_end : cached_end;
+      if (is_new) {
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+          const Tensor &from = half ? p.v_new : p.k_new, &to = half ? p.v_cache : p.k_cache;
+          append_tile<S>(
+              p, sequence, tile_k(stage) + half * S::kTileBytes,
+              static_cast<const Query*>(from.data) + plan.b * from.batch_stride + head_k * from.head_stride,
+              from, static_cast<Cache*>(to.data) + head_k * to.head_stride, to, first, tile_end,
+              half ? dim_v : dim, half ? 0 : static_cast<int>(p.rotary_dim),
+              descale_of(p, half ? p.v_descale : p.k_descale, plan.b, head_k), writes, lane);
+        }
+      }
+      // Each tile of k and of v is a group of copies, empty at the end.
+      wait_for_copies<2 * S::kStages - 1>();
+      __syncwarp();
+      float s[S::kKeys / 8][4], alpha[2];
+      multiply_keys<S>(shared_q, tile_k(stage), lane, s);
+      __syncwarp();
+      copy(tile_k(stage), p.k_cache, dim);
+      state.softmax(s, p.alibi_slopes != nullptr, first, tile_end, in_group, alpha);
+#pragma unroll
+      for (int n = 0; n < S::kWidth / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[n][e] *= alpha[e / 2];
+      wait_for_copies<2 * S::kStages - 1>();
+      __syncwarp();
+      multiply_values<S>(s, tile_v(stage), probs, lane, acc);
+      __syncwarp();
+      copy(tile_v(stage), p.v_cache, dim_v);
+      next += S::kWarps;
+      find();
+      stage = stage + 1 == S::kStages ? 0 : stage + 1;
+    }
+
+    __syncthreads();
+    if (p.cuts && threadIdx.x == 0) plan.walk.next(plan.tiles);
+    float* states = shared_memory<float>();
+    float* shared_m = states + S::kWarps * kRows * S::kWidth;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      int row = warp * kRows + lane / 4 + 8 * h;
+      float l = warp_sum(state.l[h], 4);
+      if (in_group == 0) {
+        shared_m[row] = state.m[h];
+        shared_m[S::kWarps * kRows + row] = l;
+      }
+#pragma unroll
+      for (int n = 0; n < S::kWidth / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          states[row * S::kWidth + column_of<S>(n, e, in_group)] = acc[n][2 * h + e];
+    }
+    __syncthreads();
+    store_rows<S>(p, Block(p, opaque(static_cast<int>(blockIdx.x))), plan);
+    __syncthreads();
+  } while (p.cuts && plan.walk.start + plan.walk.size > 0);
 }
 
 constexpr int kMergeWarps = 4, kMostColumns = 256 / 32;
 
-// out and lse of one row from its parts: attention over them, with lse for scores and out for values. A warp
-// has each kMergeWarps-th part; those without keys are not read.
+// out and lse of one row of a sequence that is cut, from its parts: attention over them, with lse for scores
+// and out for values. A warp has each kMergeWarps-th part; those without keys are not read.
 template <class T>
 __global__ void __launch_bounds__(32 * kMergeWarps)
     decode_merge_kernel(const __grid_constant__ DeviceDecode p) {
   float* sums = shared_memory<float>();  // (kMergeWarps, headdim_v)
   int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int parts = static_cast<int>(p.parts), dim = static_cast<int>(p.headdim_v);
-  int64_t row = blockIdx.x, head = row % p.nheads, query = row / p.nheads % p.seqlen_q;
-  int64_t lse_at = (row / p.nheads / p.seqlen_q * p.nheads + head) * p.seqlen_q + query;
-  const float *part_lse = p.part_lse + lse_at * parts, *part_out = p.part_out + row * parts * dim;
+  int64_t id = blockIdx.x, head = id % p.nheads, query = id / p.nheads % p.seqlen_q;
+  int64_t b = id / p.nheads / p.seqlen_q, slot = b * parts, first_slot = slot;
+  if (p.cuts) {
+    const int32_t* row = p.cuts + 3 * b;
+    b = row[0];
+    slot = row[1];
+    first_slot = p.parts + slot;
+    parts = row[2];
+    if (parts == 1) return;
+  }
+  // Of a part; lse and out are in the same order there.
+  auto slot_of = [&](int part) { return part == 0 ? first_slot : slot + part; };
+  auto lse_of = [&](int part) { return p.part_lse[(slot_of(part) * p.nheads + head) * p.seqlen_q + query]; };
   float most = -kInfinity, sum = 0.0f;
-  for (int part = lane; part < parts; part += 32) most = fmaxf(most, part_lse[part]);
+  for (int part = lane; part < parts; part += 32) most = fmaxf(most, lse_of(part));
   for (int distance = 16; distance > 0; distance /= 2)
     most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, distance));
   float finite = most == -kInfinity ? 0.0f : most;
-  for (int part = lane; part < parts; part += 32) sum += exp2f((part_lse[part] - finite) * kLog2e);
+  for (int part = lane; part < parts; part += 32) sum += exp2f((lse_of(part) - finite) * kLog2e);
   sum = warp_sum(sum, 32);
   float inverse = sum == 0.0f ? 0.0f : 1.0f / sum, acc[kMostColumns] = {};
 #pragma unroll 4
   for (int part = warp; part < parts; part += kMergeWarps) {
-    float lse = part_lse[part], weight = exp2f((lse - finite) * kLog2e) * inverse;
+    float lse = lse_of(part), weight = exp2f((lse - finite) * kLog2e) * inverse;
+    const float* out = p.part_out + ((slot_of(part) * p.seqlen_q + query) * p.nheads + head) * dim;
     bool read = lse != -kInfinity;
 #pragma unroll
     for (int c = 0; c < kMostColumns; c++)
-      if (read && c * 32 + lane < dim) acc[c] += weight * part_out[int64_t{part} * dim + c * 32 + lane];
+      if (read && c * 32 + lane < dim) acc[c] += weight * out[c * 32 + lane];
   }
 #pragma unroll
   for (int c = 0; c < kMostColumns; c++)
@@ -838,9 +949,10 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
     float x = 0.0f;
 #pragma unroll
     for (int w = 0; w < kMergeWarps; w++) x += sums[w * dim + column];
-    static_cast<T*>(p.out)[row * dim + column] = from_float<T>(x);
+    static_cast<T*>(p.out)[((b * p.seqlen_q + query) * p.nheads + head) * dim + column] = from_float<T>(x);
   }
-  if (threadIdx.x == 0) p.lse[lse_at] = sum == 0.0f ? -kInfinity : finite + log2f(sum) * kLn2;
+  if (threadIdx.x == 0)
+    p.lse[(b * p.nheads + head) * p.seqlen_q + query] = sum == 0.0f ? -kInfinity : finite + log2f(sum) * kLn2;
 }
 
 // All that is compiled, and the table by which a call is served: the first width that holds its rows.
@@ -872,9 +984,9 @@ const Instance& find(const DeviceDecode& p) {
   return p.dtype == DType::f32 ? find<float>(p) : p.dtype == DType::bf16 ? find<bf16>(p) : find<f16>(p);
 }
 
-// Blocks of a part.
+// Blocks of a part: its heads, and blocks of rows.
 int64_t blocks_of(const DeviceDecode& p) {
-  return p.batch * p.nheads_k * largest(divide_up(p.seqlen_q * (p.nheads / p.nheads_k), kRows), 1);
+  return p.nheads_k * largest(divide_up(p.seqlen_q * (p.nheads / p.nheads_k), kRows), 1);
 }
 
 // Whether all rows of a cache are whole chunks of 16 bytes, and aligned to that.
@@ -892,18 +1004,27 @@ int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multipro
     keys = least(keys, largest(p.window_left + p.seqlen_q, p.seqlen_new) + block_keys);
   int64_t most = largest(divide_up(keys, block_keys), 1);
   if (num_splits > 0) return least(num_splits, most);
-  // The fewest with which the last wave of blocks is about as full as it can be.
+  // All that are resident at once; of blocks that do not divide them, the fewest waves that are nine tenths
+  // full.
   int64_t blocks = largest(blocks_of(p), 1), slots = kResident * multiprocessors;
-  auto filled = [&](int64_t parts) {
-    double waves = static_cast<double>(blocks * parts) / static_cast<double>(slots);
-    return waves / std::ceil(waves);
-  };
-  most = least(largest(most / kLeastTiles, 1), 2 * divide_up(slots, blocks));
-  double best = 0;
-  for (int64_t parts = 1; parts <= most; parts++) best = std::fmax(best, filled(parts));
-  int64_t parts = 1;
-  while (filled(parts) < 0.9 * best) parts++;
-  return parts;
+  while (slots / blocks * blocks * 10 < slots * 9) slots += kResident * multiprocessors;
+  return largest(least(slots / blocks, p.batch * largest(most / kLeastTiles, 1)), 1);
+}
+
+std::vector<RangePart> decode_ranges(const std::vector<int64_t>& tiles, int64_t parts) {
+  int64_t batch = static_cast<int64_t>(tiles.size()), units = batch;
+  for (int64_t n : tiles) units += n;
+  const Ranges ranges(units, batch, parts);
+  std::vector<RangePart> found;
+  for (int64_t range = 0; range < ranges.count; range++) {
+    int64_t begin = ranges.begin(range);
+    Walk walk{0, begin, ranges.begin(range + 1) - begin};
+    do {
+      int64_t n = tiles[walk.b];
+      if (walk.takes_part(n)) found.push_back({range, walk.b, walk.begin(), walk.end(n)});
+    } while (walk.next(tiles[walk.b]));
+  }
+  return found;
 }
 
 void decode(DeviceDecode p, const Queue& queue) {
@@ -913,15 +1034,16 @@ void decode(DeviceDecode p, const Queue& queue) {
   p.vectors = aligned(p.k_cache, p.headdim, element_bytes) && aligned(p.v_cache, p.headdim_v, element_bytes);
   auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };
   launch(instance.kernel,
-         {"decode", grid(blocks_of(p) * p.parts), dim3(static_cast<unsigned>(instance.threads)),
-          instance.shared_bytes},
+         {"decode", grid(blocks_of(p) * (p.cuts ? p.parts : p.batch * p.parts)),
+          dim3(static_cast<unsigned>(instance.threads)), instance.shared_bytes},
          queue, p);
   if (p.parts == 1 || p.seqlen_q == 0) return;
   auto merge = p.dtype == DType::f32    ? decode_merge_kernel<float>
                : p.dtype == DType::bf16 ? decode_merge_kernel<bf16>
                                         : decode_merge_kernel<f16>;
+  int64_t sequences = p.cuts ? least(p.batch, p.parts) : p.batch;  // that are cut, at most
   launch(merge,
-         {"decode_merge", grid(p.batch * p.seqlen_q * p.nheads), dim3(32 * kMergeWarps),
+         {"decode_merge", grid(sequences * p.seqlen_q * p.nheads), dim3(32 * kMergeWarps),
           kMergeWarps * static_cast<int>(p.headdim_v) * 4},
          queue, p);
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "fastgpt/params.h"
 #include "queue.h"
@@ -19,10 +20,15 @@ struct DeviceDecode {
   bool vectors;  // rows of the caches are whole chunks of 16 bytes, and aligned to that; decode() finds out
   void* out;     // (batch, seqlen_q, nheads, headdim_v)
   float* lse;    // (batch, nheads, seqlen_q)
-  // Where there are several parts, what each has: (batch, seqlen_q, nheads, parts, headdim_v) and (batch,
-  // nheads, seqlen_q, parts).
+  // Into how many parts the keys of each sequence are cut, or, if there are `cuts` (num_splits = 0), into how
+  // many ranges those of all are (balance.h).
   int64_t parts;
+  // With several, what each has: (slots, seqlen_q, nheads, headdim_v) and (slots, nheads, seqlen_q). Part i
+  // of sequence b has slot b parts + i; range i has slot i for the sequence that goes on in it, and parts + i
+  // for the one that it opens.
   float *part_out, *part_lse;
+  // (min(batch, parts), 3), of sequences that may be cut: which, the first of its ranges, how many it has.
+  int32_t* cuts;
   const int32_t *cache_seqlens, *cache_batch_idx, *cache_leftpad, *block_table;
   int64_t block_table_stride, page_size;
   const float *k_descale, *v_descale;
@@ -48,10 +54,17 @@ struct DeviceDecode {
   }
 };
 
-// Into how many parts the keys of such a call are cut: num_splits, but for parts without keys; where that is
-// 0, as many as keep the GPU busy. It depends on shapes alone, and with num_splits not on the batch.
+// DeviceDecode::parts of such a call: num_splits, but for parts without keys; where that is 0, as many ranges
+// as keep the GPU busy. It depends on shapes alone, and with num_splits not on the batch.
 int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multiprocessors);
 
 void decode(DeviceDecode p, const Queue& queue);
+
+// What the ranges of sequences of so many tiles of keys are, for tests: for each range its parts, sequence,
+// first tile and the one behind its last.
+struct RangePart {
+  int64_t range, b, begin, end;
+};
+std::vector<RangePart> decode_ranges(const std::vector<int64_t>& tiles, int64_t parts);
 
 }  // namespace fastgpt

@@ -175,13 +175,20 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
     return decode_parts(p, num_splits, multiprocessors);
   });
 
+  m.def("decode_ranges", [](const std::vector<int64_t>& tiles, int64_t parts) {
+    std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> all;
+    for (const RangePart& part : decode_ranges(tiles, parts))
+      all.emplace_back(part.range, part.b, part.begin, part.end);
+    return all;
+  });
+
   m.def("decode",
         [](const PyQueue& queue, const Array& q, const Array& k_cache, const Array& v_cache,
            const Array& k_new, const Array& v_new, int64_t capacity, Data out, Data lse, int64_t parts,
-           Data part_out, Data part_lse, Data cache_seqlens, const Array& rotary_cos, Data rotary_sin,
-           Data cache_batch_idx, Data cache_leftpad, const Array& block_table, const Array& alibi_slopes,
-           Data sink, const Array& k_descale, Data v_descale, float softmax_scale, int64_t window_left,
-           int64_t window_right, float softcap, bool rotary_interleaved) {
+           Data part_out, Data part_lse, Data cuts, Data cache_seqlens, const Array& rotary_cos,
+           Data rotary_sin, Data cache_batch_idx, Data cache_leftpad, const Array& block_table,
+           const Array& alibi_slopes, Data sink, const Array& k_descale, Data v_descale, float softmax_scale,
+           int64_t window_left, int64_t window_right, float softcap, bool rotary_interleaved) {
           DeviceDecode p{};
           p.dtype = q.dtype();
           p.cache_type = cache_type_of(k_cache);
@@ -203,6 +210,7 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
           p.parts = parts;
           p.part_out = part_out;
           p.part_lse = part_lse;
+          p.cuts = cuts;
           p.cache_seqlens = cache_seqlens;
           p.cache_batch_idx = cache_batch_idx;
           p.cache_leftpad = cache_leftpad;

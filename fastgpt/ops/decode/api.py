@@ -165,7 +165,7 @@ def attention_with_kvcache(
         return_lse: also return the log-sum-exp of each row's scores.
         num_splits: into how many parts the keys of a sequence are cut. 0: on the CPU parts of a fixed size,
             so that the result depends neither on the batch nor on the number of threads; on a GPU as many
-            as keep it busy, which depends on shapes, the batch's too.
+            as keep it busy, which depends on shapes, the batch's too, and, with ``cuda``, on all its lengths.
         backend: ``auto``, ``cpu``, ``torch``, ``reference``, ``triton`` or ``cuda``; default
             ``FASTGPT_BACKEND``, else ``auto``.
 

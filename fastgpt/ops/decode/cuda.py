@@ -55,10 +55,13 @@ def forward(
     )
     out = q.new_empty(batch, seqlen_q, nheads, headdim_v)
     lse = q.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
-    part_out = part_lse = None
+    part_out = part_lse = cuts = None
     if parts > 1:
-        part_out = q.new_empty(batch, seqlen_q, nheads, parts, headdim_v, dtype=torch.float32)
-        part_lse = q.new_empty(batch, nheads, seqlen_q, parts, dtype=torch.float32)
+        slots = batch * parts if spec.num_splits else 2 * parts
+        part_out = q.new_empty(slots, seqlen_q, nheads, headdim_v, dtype=torch.float32)
+        part_lse = q.new_empty(slots, nheads, seqlen_q, dtype=torch.float32)
+    if spec.num_splits == 0:
+        cuts = q.new_empty(min(batch, parts), 3, dtype=torch.int32)
     _cuda.decode(
         cuda.queue(q),
         q,
@@ -72,6 +75,7 @@ def forward(
         parts,
         part_out,
         part_lse,
+        cuts,
         cache_seqlens.contiguous(),
         cos,
         sin,

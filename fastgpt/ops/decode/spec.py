@@ -14,7 +14,7 @@ class DecodeSpec(NamedTuple):
     The scores are ``s = softcap(softmax_scale · q·k) − slope · |i + L − sq − j|``, as in attention. Key j < L
     is visible to query i iff ``i + L − sq − window_left <= j <= i + L − sq + window_right``,
     −1 = unlimited; causal is ``window_right = 0``. ``num_splits`` is into how many parts the keys are cut,
-    each with its own softmax state, merged at the end; 0 = the backend chooses, by shapes alone.
+    each with its own softmax state, merged at the end; 0 = the backend chooses.
 
     Rotary embedding turns pairs of q and of the new keys before anything else, (x[i], x[i + rotary_dim / 2])
     or neighbours if interleaved, by the angles of row ``position`` of the tables. The new keys are at
