@@ -16,7 +16,7 @@ from fastgpt.ops.rotary.api import rotary_embedding
 if TYPE_CHECKING:
     from fastgpt.gpt.config import GPTConfig
     from fastgpt.gpt.model import GPT
-    from fastgpt.integrations.transformers import patch, unpatch
+    from fastgpt.integrations.transformers import patch, register, unpatch
 
 __all__ = [
     "GPT",
@@ -29,6 +29,7 @@ __all__ = [
     "layer_norm",
     "merge_attention_states",
     "patch",
+    "register",
     "rms_norm",
     "rotary_embedding",
     "unpatch",
@@ -39,6 +40,7 @@ _LAZY = {
     "GPT": "fastgpt.gpt.model",
     "GPTConfig": "fastgpt.gpt.config",
     "patch": "fastgpt.integrations.transformers",
+    "register": "fastgpt.integrations.transformers",
     "unpatch": "fastgpt.integrations.transformers",
 }
 

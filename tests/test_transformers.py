@@ -1,7 +1,6 @@
-"""fastgpt.patch and fastgpt.unpatch on transformers' GPT-2 and Llama models."""
+"""fastgpt.register, patch and unpatch on transformers' models."""
 
 import copy
-import logging
 import pickle
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 import transformers
 from backends import assert_parity
-from test_gpt import GPT2, LLAMA, eager, random_model
+from test_gpt import GPT2, eager, random_model
 from transformers import AttentionInterface
 
 import fastgpt
@@ -129,8 +128,9 @@ def test_several_queries_behind_a_cache(hf, ids, calls, kind):
     expected, other = logits(hf), logits(eager(hf))
     fastgpt.patch(hf)
     assert_parity("logits", logits(hf), other, expected)
-    masks = {options["attn_bias"] is not None for _, options in calls["attention"]}
-    assert masks == {kind == "static"}  # a dynamic cache ends with the last query: plainly causal
+    for _, options in calls["attention"]:  # a dynamic cache ends with the last query: plainly causal
+        assert options["attn_bias"] is None
+        assert (options["seqused_k"] is not None) == (kind == "static" or options["leftpad_k"] is not None)
 
 
 @torch.no_grad()
@@ -299,10 +299,18 @@ def test_the_demo_times_as_many_tokens_by_all_three(ids, monkeypatch):
     assert all(line.seconds > 0 and line.torch_seconds > 0 for line in lines)
 
 
-def test_the_summary_is_logged(hf, caplog):
-    with caplog.at_level(logging.INFO, logger="fastgpt"):
-        fastgpt.patch(hf)
-    assert caplog.messages == [f"patched {type(hf).__name__}: {LAYERS} attentions, {NORMS} norms"]
+def test_the_summary_is_printed(hf, capsys):
+    fastgpt.patch(hf)
+    assert capsys.readouterr().out == (
+        f"fastgpt: patched {type(hf).__name__}: {LAYERS} attentions, {NORMS} norms\n"
+    )
+    fastgpt.unpatch(hf)
+    fastgpt.patch(hf, attention=False)
+    assert hf.config._attn_implementation == "sdpa"
+    assert capsys.readouterr().out == f"fastgpt: patched {type(hf).__name__}: {NORMS} norms\n"
+    fastgpt.unpatch(hf)
+    fastgpt.patch(hf, norm=False)
+    assert capsys.readouterr().out == f"fastgpt: patched {type(hf).__name__}: {LAYERS} attentions\n"
 
 
 def test_the_model_without_its_head(ids):
@@ -334,17 +342,163 @@ def test_patching_twice_or_undoing_nothing_is_an_error(hf):
     fastgpt.patch(fastgpt.unpatch(hf))
 
 
-def test_other_architectures_are_refused():
-    model = transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA))
-    with pytest.raises(
-        TypeError, match=r"^model: got MistralForCausalLM, expected a transformers GPT-2 or Llama"
-    ):
-        fastgpt.patch(model)
-    assert not vars(model).get("_fastgpt_patch") and model.config._attn_implementation == "sdpa"
+def test_what_is_none_of_transformers_models_is_refused():
+    with pytest.raises(TypeError, match=r"^model: got Linear, expected a transformers model"):
+        fastgpt.patch(torch.nn.Linear(2, 2))
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=50)
+    )
+    with pytest.raises(TypeError, match=r"^model: got T5ForConditionalGeneration, whose attention"):
+        fastgpt.patch(t5)
 
 
 def test_what_other_architectures_ask_of_the_attention_is_refused(ids):
-    fastgpt.unpatch(fastgpt.patch(random_model("gpt2")))
+    fastgpt.register()
     model, q = torch.nn.Module(), torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match=r"^softcap: got a value for Module"):
-        AttentionInterface()["fastgpt"](model, q, q, q, None, softcap=30.0)
+    with pytest.raises(ValueError, match=r"^position_bias: got a value for Module"):
+        AttentionInterface()["fastgpt"](model, q, q, q, None, position_bias=q)
+
+
+SHAPE = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GROUPED = SHAPE | {"num_key_value_heads": 2}
+GEMMA = GROUPED | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Of each: how many norms are fastgpt's, and which are left.
+ARCHITECTURES = {
+    "gpt2": (transformers.GPT2Config(n_embd=64, n_head=4, n_layer=3, n_positions=128, vocab_size=101), 7, ""),
+    "gpt_neox": (transformers.GPTNeoXConfig(**SHAPE), 7, ""),
+    "llama": (transformers.LlamaConfig(**GROUPED), 7, ""),
+    "mistral": (transformers.MistralConfig(**GROUPED, sliding_window=8), 7, ""),
+    "qwen3": (transformers.Qwen3Config(**GROUPED, head_dim=16), 13, ""),
+    "gemma2": (transformers.Gemma2Config(**GEMMA), 13, ""),
+    "gemma3": (transformers.Gemma3TextConfig(**GEMMA), 19, ""),
+    "phi3": (transformers.Phi3Config(**GROUPED, sliding_window=8, pad_token_id=0), 7, ""),
+    "olmo2": (transformers.Olmo2Config(**GROUPED), 13, ""),
+    "gpt_oss": (transformers.GptOssConfig(**GROUPED, **EXPERTS, head_dim=16, sliding_window=8), 7, ""),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def any_model(request):
+    config = copy.deepcopy(ARCHITECTURES[request.param][0])
+    config._experts_implementation = "eager"  # the others have no float64
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # norms' weights and sinks that are all the same would hide much
+            p.nan_to_num_().add_(0.05 * torch.randn_like(p))  # NaN: what transformers leaves uninitialized
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _padded(side):
+    mask = torch.ones(2, 19, dtype=torch.int64)
+    if side == "left":
+        mask[0, :6] = 0
+    if side == "right":
+        mask[1, -5:] = 0
+    if side == "both":
+        mask[0, :3] = mask[1, -5:] = 0
+    return mask
+
+
+def _logits(model, ids, mask):
+    """Of the tokens that are no padding, (tokens, vocabulary)."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+
+
+def _logits_alone(model, ids, mask):
+    """The same, sequence by sequence, without padding."""
+    return torch.cat([model(row[kept.bool()][None]).logits[0] for row, kept in zip(ids, mask, strict=True)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["none", "left", "right", "both"])
+def test_logits_of_every_architecture(any_model, ids, side):
+    mask = _padded(side)
+    expected = _logits_alone(copy.deepcopy(any_model).double(), ids, mask)
+    other = _logits_alone(any_model, ids, mask)
+    any_model.set_attn_implementation(fastgpt.register())
+    assert_parity("logits", _logits(any_model, ids, mask), other, expected)
+    any_model.set_attn_implementation("eager")
+    fastgpt.patch(any_model)
+    assert_parity("logits", _logits(any_model, ids, mask), other, expected)
+
+
+@torch.no_grad()
+def test_bfloat16_of_every_architecture(any_model, ids):
+    mask = _padded("left")
+    any_model.bfloat16()
+    expected = _logits_alone(copy.deepcopy(any_model).double(), ids, mask)
+    other = _logits_alone(any_model, ids, mask)
+    fastgpt.patch(any_model)
+    assert_parity("logits", _logits(any_model, ids, mask), other, expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_greedy_tokens_of_every_architecture(any_model, ids, calls, side, cache):
+    def generate():
+        kind = {"cache_implementation": "static"} if cache == "static" else {}
+        options = {"attention_mask": _padded(side), "max_new_tokens": 14, "do_sample": False}
+        return any_model.generate(ids, **options, **kind).tolist()
+
+    expected = generate()
+    fastgpt.patch(any_model)
+    assert generate() == expected
+    assert all(options["attn_bias"] is None for _, options in calls["attention"])  # no dense mask was made
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_of_every_architecture(any_model, ids, side):
+    mask = _padded(side)
+    dlogits = torch.randn(int(mask.sum()), 101)
+
+    def grads(model, logits):
+        logits.backward(dlogits.to(logits.dtype))
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    double, eager = copy.deepcopy(any_model).double(), copy.deepcopy(any_model)
+    expected = grads(double, _logits_alone(double, ids, mask))
+    other = grads(eager, _logits_alone(eager, ids, mask))
+    fastgpt.patch(any_model)
+    got = grads(any_model, _logits(any_model, ids, mask))
+    assert got.keys() == expected.keys()
+    for name, grad in got.items():
+        assert_parity(name, grad, other[name], expected[name], factor=3)
+
+
+def test_which_norms_are_swapped(any_model, capsys):
+    name = any_model.config.model_type
+    norms, left = next(v[1:] for v in ARCHITECTURES.values() if v[0].model_type == name)
+    fastgpt.patch(any_model)
+    said = f"3 attentions, {norms} norms" + (f", left as they are: {left}" if left else "")
+    assert capsys.readouterr().out == f"fastgpt: patched {type(any_model).__name__}: {said}\n"
+
+
+@torch.no_grad()
+def test_a_norm_that_computes_something_else_is_left(ids, capsys):
+    class OtherRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(64)), 1e-6
+
+        def forward(self, x):
+            return x.tanh() * self.weight
+
+    model = random_model("llama")
+    model.model.norm = OtherRMSNorm()
+    expected = model(ids).logits
+    fastgpt.patch(model)
+    assert f"{NORMS - 1} norms, left as they are: OtherRMSNorm" in capsys.readouterr().out
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
