@@ -88,7 +88,7 @@ __device__ __forceinline__ void clear_rows(T (&tiles)[kTiles][kRows][kTileColumn
 #pragma unroll 1
   for (int t = 0; t < kTiles; t++)
     for (int at = first * 8 + lane; at < kRows * 8; at += 32)
-      reinterpret_cast<uint4*>(tiles[t])[at] = uint4{0, 0, 0, 0};
+      store_chunk(reinterpret_cast<uint4*>(tiles[t]) + at, uint4{0, 0, 0, 0});
 }
 
 // A warpgroup's accumulators become 64 rows of a tensor, by way of its rows of `tiles`, which nobody else

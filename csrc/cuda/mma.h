@@ -78,11 +78,14 @@ inline void store_matrices(void* row, const uint32_t (&words)[4], FASTGPT_WHERE(
     void* row;
     const uint32_t* words;
   } own{row, words};
-  emulated::warp_wide(kAllLanes, own, where, [](Rows* const(&lanes)[32]) {
+  emulated::warp_wide(kAllLanes, own, where, [where](Rows* const(&lanes)[32]) {
+    int first = emulated::thread->number - emulated::thread->lane;
     for (int i = 0; i < 32; i++)
-      for (int m = 0; m < 4; m++)
-        std::memcpy(static_cast<unsigned char*>(lanes[8 * m + i / 4]->row) + i % 4 * 4, &lanes[i]->words[m],
-                    4);
+      for (int m = 0; m < 4; m++) {
+        auto* word = static_cast<unsigned char*>(lanes[8 * m + i / 4]->row) + i % 4 * 4;
+        emulated::wrote(word, first + i, where);
+        std::memcpy(word, &lanes[i]->words[m], 4);
+      }
   });
 }
 #else

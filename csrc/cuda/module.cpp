@@ -14,6 +14,7 @@
 #include "norm.h"
 #ifdef FASTGPT_EMULATE
 #include "../emulated/self_test.h"
+#include "emulator.h"
 #endif
 
 namespace fastgpt {
@@ -76,7 +77,8 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
 
   m.def("unavailable", &unavailable);
 #ifdef FASTGPT_EMULATE
-  m.def("self_test", [](const std::string& name, Data out) { self_test(name, out); });
+  m.def("self_test", [](const std::string& name, Data in, Data out) { self_test(name, in, out); });
+  m.def("set_schedule", &emulated::set_schedule);
 #endif
 
   m.def("attention_forward", [](const PyQueue& queue, int multiprocessors, const Array& q, const Array& k,
