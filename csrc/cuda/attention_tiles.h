@@ -11,7 +11,6 @@ namespace fastgpt {
 
 // Of each thread of a block of three warpgroups, until they share them out anew (benchmarks/cuda_report.py).
 constexpr int kLaunchedRegisters = 168;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 inline std::string describe(const AttentionParams& p) {
   return "batch " + std::to_string(p.batch) + ", " + std::to_string(p.seqlen_q) + " queries, " +

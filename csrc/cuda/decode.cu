@@ -54,7 +54,7 @@ constexpr int kMostResident = 3;  // blocks of a multiprocessor: registers are l
 constexpr int kResident = 2;      // blocks of a multiprocessor that num_splits = 0 provides for
 constexpr int kLeastTiles = 2;    // of a warp in a part of num_splits = 0
 constexpr int kPipelineBytes = 64 << 10;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = INFINITY;
+constexpr float kLog2e = kLog2E, kInfinity = INFINITY;
 
 // What a kernel is compiled for: rows of up to kDim elements. Not measured on hardware yet.
 template <class Q, class C, int kDim>
@@ -78,12 +78,12 @@ struct Shape {
   static constexpr int kProbBytes = kMma ? 0 : kWarps * kRows * kKeys * 4;
   static constexpr int kSharedBytes = kPipelineBytes + kQueryBytes + kProbBytes;
   static_assert(kStages >= 2 && kKeys % 8 == 0);
+  static_assert(kSharedBytes <= kLeastShared);
   static_assert(kWarps * kRows * (kDim + 2) * 4 + kRows * kWarps * 4 <= kPipelineBytes);
 };
 
 FASTGPT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGPT_HD int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTGPT_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x, of which the compiler does not know that it is x: addresses that depend on it are computed where they
 // are used, and not ahead of a loop, into more registers than there are.

@@ -47,10 +47,9 @@ inline void load_matrices(uint32_t (&words)[4], const void* row, FASTGPT_WHERE("
 }
 #else
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
+               : "r"(shared_address(row))
                : "memory");
 }
 #endif
@@ -62,10 +61,9 @@ inline void load_transposed(uint32_t (&words)[4], const void* row, FASTGPT_WHERE
 }
 #else
 __device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void* row) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
+               : "r"(shared_address(row))
                : "memory");
 }
 #endif
@@ -90,8 +88,7 @@ inline void store_matrices(void* row, const uint32_t (&words)[4], FASTGPT_WHERE(
 }
 #else
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&words)[4]) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }

@@ -557,7 +557,6 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceRows)
 constexpr int64_t kMostBlocks = 1 << 30;
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether kVector elements can be read and written at once.
 template <int kVector>
