@@ -10,6 +10,9 @@ from hypothesis import Phase, settings
 
 from fastgpt.ops import cuda
 
+# Without it, cuBLAS refuses to be deterministic (the fixture `poison`).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # How many random cases each test of tests/test_random.py draws, few where each takes Triton's interpreter
 # seconds; --hypothesis-profile=nightly chooses more.
 settings.register_profile("test", max_examples=25, deadline=None)
@@ -86,6 +89,13 @@ def fresh_random_inputs(request):
     if cuda.EMULATED and "cuda" in AVAILABLE:
         cuda.load().set_schedule(seed)
     request.node.user_properties.append(("FASTGPT_TEST_SEED", seed))
+
+
+@pytest.fixture
+def device():
+    """Where the CUDA kernels run, here: torch's default device meanwhile."""
+    with torch.device("cpu" if cuda.EMULATED else "cuda") as device:
+        yield device
 
 
 @pytest.hookimpl(hookwrapper=True)

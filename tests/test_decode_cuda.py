@@ -1,4 +1,4 @@
-"""Attention over a KV cache on the CUDA kernels, emulated: what the host's checks would not let through."""
+"""Attention over a KV cache on the CUDA kernels: what the host's checks would not let through."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from backends import AVAILABLE
 from fastgpt.ops import cuda
 from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
 
-pytestmark = pytest.mark.skipif(
-    "cuda" not in AVAILABLE or not cuda.EMULATED, reason="the emulated CUDA kernels are not available"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        "cuda" not in AVAILABLE, reason="no CUDA kernels here; FASTGPT_CUDA_EMULATE=1 emulates them"
+    ),
+    pytest.mark.usefixtures("device"),
+]
 
 
 def forward(*args):
@@ -86,13 +89,11 @@ def test_every_stored_value_is_read_as_torch_reads_it(headdim, dtype, codes):
 
 
 def test_parts_are_as_many_as_fill_the_gpu():
-    from fastgpt import _cuda_emulated
-
     half = torch.empty(0, dtype=torch.float16)
 
     def parts(batch, nheads_k, capacity, num_splits=0, window_left=-1):
         shape = batch, 1, 1, 4 * nheads_k, nheads_k, 128, 128, capacity
-        return _cuda_emulated.decode_parts(132, half, half, *shape, window_left, num_splits)
+        return cuda.load().decode_parts(132, half, half, *shape, window_left, num_splits)
 
     assert parts(8, 8, 8192) == 4 and parts(1, 8, 131072) == 30 and parts(64, 8, 8192) == 1
     assert parts(1, 1, 64) == 1 and parts(1, 1, 640) == 5

@@ -186,3 +186,13 @@ def test_faults_end_a_launch(kernel, message):
 def test_emulated_kernels_take_cpu_tensors_only_when_asked():
     refused = cuda.refusals("cpu", torch.float32, (), ())
     assert refused == ([] if cuda.EMULATED else ["the tensors are on cpu, not on a GPU"])
+
+
+def test_more_blocks_than_a_grid_has_are_an_error():
+    """Rows were left out."""
+    from fastgpt import _cuda_emulated
+
+    x, rows, stride = torch.zeros(1, 8), 2**40, 8
+    tensors = (x, stride, None, 0, None, None, x, None, None, x)
+    with pytest.raises(RuntimeError, match=f"a grid cannot have {rows // 16} blocks"):
+        _cuda_emulated.norm_forward((0, 0), rows, 8, *tensors, None, 1e-5)

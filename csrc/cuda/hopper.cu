@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "launch.h"
+
 namespace fastgpt {
 namespace {
 
@@ -28,16 +30,7 @@ int encode(TensorMap& map, DType, void* data, const uint64_t (&sizes)[4], const 
 #else
 int encode(TensorMap& map, DType dtype, void* data, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
            const uint32_t (&tile)[4]) {
-  static const auto driver = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-#else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
-#endif
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
+  static const auto driver = driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (!driver) throw std::runtime_error("the NVIDIA driver has no cuTensorMapEncodeTiled: CUDA 12 has it");
   const uint32_t steps[4] = {1, 1, 1, 1};
   return driver(&map,

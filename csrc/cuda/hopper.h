@@ -33,7 +33,8 @@ using TensorMap = CUtensorMap;
 #endif
 constexpr int kTileColumns = 64, kTileRowBytes = 128;
 
-// Throws std::runtime_error where the engine cannot: addresses and strides are multiples of 16 bytes.
+// Throws std::runtime_error where the engine cannot: addresses and strides are multiples of 16 bytes. The
+// tensor's device is the current one.
 TensorMap make_tensor_map(const Tensor& tensor, DType dtype, int64_t columns, int64_t rows, int64_t heads,
                           int64_t sequences, int tile_rows);
 
