@@ -25,7 +25,7 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Of shared memory, what a block may have on every chip from sm_80 on: sm_86 and sm_89 have least.
 constexpr int kLeastShared = 99 * 1024;
 
-FASTGPT_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTGPT_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The block's dynamic shared memory, aligned to 1024 bytes.
 template <class T>
