@@ -8,6 +8,11 @@ import torch
 from backends import AVAILABLE, DTYPES, poison_scratch
 from hypothesis import Phase, settings
 
+from fastgpt.ops import cuda
+
+# Without it, cuBLAS refuses to be deterministic (the fixture `poison`).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # How many random cases each test of tests/test_random.py draws, few where each takes Triton's interpreter
 # seconds; --hypothesis-profile=nightly chooses more.
 settings.register_profile("test", max_examples=25, deadline=None)
@@ -77,10 +82,20 @@ def poison():
 
 @pytest.fixture(autouse=True)
 def fresh_random_inputs(request):
-    """A new seed every run, printed when a test fails; FASTGPT_TEST_SEED repeats a run."""
+    """A new seed every run, printed when a test fails; FASTGPT_TEST_SEED repeats a run. It draws the order in
+    which the threads of emulated kernels run, too."""
     seed = int(os.environ.get("FASTGPT_TEST_SEED", torch.seed() % 2**32))
     torch.manual_seed(seed)
+    if cuda.EMULATED and "cuda" in AVAILABLE:
+        cuda.load().set_schedule(seed)
     request.node.user_properties.append(("FASTGPT_TEST_SEED", seed))
+
+
+@pytest.fixture
+def device():
+    """Where the CUDA kernels run, here: torch's default device meanwhile."""
+    with torch.device("cpu" if cuda.EMULATED else "cuda") as device:
+        yield device
 
 
 @pytest.hookimpl(hookwrapper=True)

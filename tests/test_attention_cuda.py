@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
-from backends import AVAILABLE, assert_parity
+from backends import AVAILABLE, assert_parity, factor_of
 from cases import ATTENTION
 
 import fastgpt
+from fastgpt.ops import cuda
+from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
 from fastgpt.verify.attention import TILED, case_results, variant_results
 
-pytestmark = pytest.mark.skipif(
-    "cuda" not in AVAILABLE, reason="no CUDA kernels here; FASTGPT_CUDA_EMULATE=1 emulates them"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        "cuda" not in AVAILABLE, reason="no CUDA kernels here; FASTGPT_CUDA_EMULATE=1 emulates them"
+    ),
+    pytest.mark.usefixtures("device"),
+]
 
 CUDA_CASES = [case for case in ATTENTION if case.headdim in (64, 128, 256) and case.headdim == case.headdim_v]
 HALVES = [torch.bfloat16, torch.float16]
@@ -47,7 +55,7 @@ def test_softmax_scale(scale, headdim):
     got, exact = results("cuda", torch.half), results("reference", torch.float64)
     plain = results("reference", torch.half)
     for name, *values in zip(("out", "lse", "dq", "dk", "dv"), got, plain, exact, strict=False):
-        assert_parity(name, *values)
+        assert_parity(name, *values, factor_of(name))
 
 
 def test_sequences_do_not_meet():
@@ -81,6 +89,69 @@ def test_two_runs_give_the_same_gradients_in_any_batch():
     both = grads(slice(0, 2))
     for again, alone, of_both in zip(grads(slice(0, 2)), grads(slice(1, 2)), both, strict=True):
         assert torch.equal(again, of_both) and torch.equal(alone, of_both[1:])
+
+
+@pytest.mark.skipif(not cuda.EMULATED, reason="a GPU's schedule is its own")
+@pytest.mark.parametrize("headdim", [64, 128])
+def test_the_schedule_changes_no_bit(headdim):
+    """Copies, products and each warp may be as late as they like. Tiles without keys stand between others,
+    and NaN behind the keys."""
+    lengths = (300, 0, 30, 5, 0, 130, 20), (270, 0, 0, 0, 0, 200, 0)
+    used = torch.tensor((250, 0, 0, 0, 0, 90, 0), dtype=torch.int32)
+    edges_q, edges_k = (torch.tensor([0, *n]).cumsum(0).int() for n in lengths)
+    leaves = [
+        torch.randn(sum(n), 2, headdim).half().requires_grad_() for n in (lengths[0], *[lengths[1]] * 2)
+    ]
+    dout = torch.randn(sum(lengths[0]), 2, headdim).half()
+    with torch.no_grad():
+        for t in leaves[1:]:
+            t[250:270] = t[360:] = torch.nan
+
+    def results(seed):
+        cuda.load().set_schedule(seed)
+        options = {"cu_seqlens_q": edges_q, "cu_seqlens_k": edges_k, "seqused_k": used, "backend": "cuda"}
+        out = fastgpt.attention_varlen(*leaves, causal=True, **options)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    in_turn = results(0)
+    assert all(t.isfinite().all() for t in in_turn)
+    for seed in torch.randint(1, 2**31, (8,)).tolist():
+        for expected, got in zip(in_turn, results(seed), strict=True):
+            assert torch.equal(expected, got), seed
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_other_headdims_are_errors(backward):
+    """The kernels' own: the host has refused them before."""
+    from fastgpt.ops.attention import cuda as module
+
+    spec, tensors = AttentionSpec(1.0), AttentionTensors()
+    t, lse = torch.zeros(1, 8, 2, 192).half(), torch.zeros(1, 2, 8)
+    with pytest.raises(RuntimeError, match=r"headdim 192, fp16\): no kernel has this headdim"):
+        if backward:
+            module.backward(t, None, t, t, t, t, lse, False, spec, tensors)
+        else:
+            module.forward(t, t, t, spec, tensors)
+
+
+@pytest.mark.skipif(not cuda.EMULATED, reason="launches are too short on a GPU")
+def test_python_goes_on_while_kernels_are_launched():
+    q = torch.randn(1, 500, 2, 64).half()
+    results = [None] * 2
+    threads = [
+        threading.Thread(
+            target=lambda i=i: results.__setitem__(i, fastgpt.attention(q, q, q, backend="cuda"))
+        )
+        for i in range(2)
+    ]
+    expected, ticks = fastgpt.attention(q, q, q, backend="cuda"), 0
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 20
+    assert all(torch.equal(result, expected) for result in results)
 
 
 def test_refuses_what_it_has_not():

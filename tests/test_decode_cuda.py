@@ -1,4 +1,4 @@
-"""Attention over a KV cache on the CUDA kernels, emulated: what the host's checks would not let through."""
+"""Attention over a KV cache on the CUDA kernels: what the host's checks would not let through."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from fastgpt.ops import cuda
 from fastgpt.ops.decode.spec import DecodeSpec, DecodeTensors
 from fastgpt.verify.decode import DecodeCase, DecodeVariant, variant_results
 
-pytestmark = pytest.mark.skipif(
-    "cuda" not in AVAILABLE or not cuda.EMULATED, reason="the emulated CUDA kernels are not available"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        "cuda" not in AVAILABLE, reason="no CUDA kernels here; FASTGPT_CUDA_EMULATE=1 emulates them"
+    ),
+    pytest.mark.usefixtures("device"),
+]
 
 
 def forward(*args):
@@ -89,13 +92,11 @@ def test_every_stored_value_is_read_as_torch_reads_it(headdim, dtype, codes):
 
 
 def test_parts_are_as_many_as_fill_the_gpu():
-    from fastgpt import _cuda_emulated
-
     half = torch.empty(0, dtype=torch.float16)
 
     def parts(batch, nheads_k, capacity, num_splits=0, window_left=-1):
         shape = batch, 1, 1, 4 * nheads_k, nheads_k, 128, 128, capacity
-        return _cuda_emulated.decode_parts(132, half, half, *shape, window_left, num_splits)
+        return cuda.load().decode_parts(132, half, half, *shape, window_left, num_splits)
 
     # All sequences' keys together, in blocks of 264 at once or in as few waves as are nine tenths full.
     assert parts(8, 8, 8192) == parts(1, 8, 131072) == parts(64, 8, 8192) == 33

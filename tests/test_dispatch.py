@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import re
+import runpy
 import subprocess
 import types
 from pathlib import Path
@@ -167,29 +168,51 @@ def test_a_proof_holds_for_what_it_was_made_with(gpu, changed):
 @pytest.fixture
 def built(monkeypatch):
     """The CUDA kernels as if they were built, on a machine that has what they need."""
-    module = types.SimpleNamespace(unavailable=lambda: "")
+    module = types.SimpleNamespace(unavailable=lambda major=0: "")
     monkeypatch.setattr(cuda, "EMULATED", False)
     monkeypatch.setattr(cuda, "load", lambda: module)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda gpu: (8, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", ("a GPU", "another").__getitem__)
     return module
 
 
 def test_cuda_kernels_say_what_is_missing(built, monkeypatch):
     assert cuda.unavailable() is None
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda gpu: (7, 5))
-    assert cuda.unavailable() == "the GPU is sm_75, and the kernels need sm_80 or later"
+    assert cuda.unavailable() == "the kernels need sm_80 or later, and cuda:0 (a GPU) is sm_75"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cuda.unavailable() == "torch sees no GPU"
-    built.unavailable = lambda: "no NVIDIA driver"
+    built.unavailable = lambda major=0: "no NVIDIA driver"
     assert cuda.unavailable() == "no NVIDIA driver"
     monkeypatch.setattr("torch.version.cuda", None)
     assert cuda.unavailable() == f"torch {torch.__version__} was built without CUDA"
     monkeypatch.setattr(cuda, "load", lambda: __import__("fastgpt._cuda_which_is_not_here"))
     monkeypatch.setattr(cuda, "MODULE", "fastgpt._cuda_which_is_not_here")
     assert "nvcc was not found when the package was built" in cuda.unavailable()
+
+
+def test_one_unsuitable_gpu_is_named(built, monkeypatch):
+    """A tensor may be on it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_capability", ((8, 0), (7, 5)).__getitem__)
+    hidden = "cuda:1 (another) is sm_75: CUDA_VISIBLE_DEVICES can hide it"
+    assert cuda.unavailable() == f"the kernels need sm_80 or later, and {hidden}"
+    monkeypatch.setattr("torch.cuda.get_device_capability", ((9, 0), (8, 0)).__getitem__)
+    assert cuda.unavailable() is None
+    attention = runpy.run_path(str(PACKAGE / "ops/attention/cuda.py"))
+    reasons = attention["unsupported"](call(device="cuda", dtype=torch.float16, headdim=64, headdim_v=64))
+    hidden = "cuda:1 (another) is sm_80: CUDA_VISIBLE_DEVICES can hide it"
+    assert reasons == [f"the kernel is for sm_90, and {hidden}"]
+
+
+def test_a_driver_must_compile_for_gpus_newer_than_the_kernels(built, monkeypatch):
+    built.unavailable = lambda major=0: "an old driver" if major > 9 else ""
+    assert cuda.unavailable() is None
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda gpu: (12, 0))
+    assert cuda.unavailable() == "an old driver"
 
 
 @pytest.mark.skipif(not list(PACKAGE.glob("_cuda.*")), reason="built without nvcc")

@@ -53,10 +53,9 @@ inline void copy_async(void* to, const void* from, bool read, FASTGPT_WHERE("cp.
 }
 #else
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool read) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile(
       "{\n.reg .pred ignore;\nsetp.eq.u32 ignore, %2, 0;\n"
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore;\n}" ::"r"(address),
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore;\n}" ::"r"(shared_address(to)),
       "l"(from), "r"(static_cast<uint32_t>(read))
       : "memory");
 }

@@ -526,7 +526,7 @@ void run(Params& p, unsigned char* workspace, const Queue& queue) {
   int64_t row_blocks = p.rows * (D / 8) / kRowThreads;
   if (tiles > INT_MAX || row_blocks > INT_MAX)
     throw std::runtime_error("attention_backward(" + p.describe() + "): more tiles than fit in 32 bits");
-  auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };
+  auto grid = [](int64_t blocks) { return dim3(grid_size(blocks)); };
   if (p.rows > 0)
     launch(attention_backward_rows_kernel<T, D>,
            {"attention_backward_rows", grid(row_blocks), dim3(kRowThreads)}, queue, p);
@@ -571,6 +571,8 @@ void attention_backward(const AttentionBackwardParams& call, void* workspace, co
   count(p);
   auto* memory = static_cast<unsigned char*>(workspace);
   bool wide = p.headdim == 128;
+  if (!wide && p.headdim != 64)
+    throw std::runtime_error("attention_backward(" + p.describe() + "): no kernel has this headdim");
   if (p.dtype == DType::bf16)
     wide ? run<bf16, 128>(p, memory, queue) : run<bf16, 64>(p, memory, queue);
   else

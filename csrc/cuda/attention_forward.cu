@@ -450,6 +450,8 @@ void run(Params& p, int multiprocessors, const Queue& queue) {
       return run<T, 128>(p, multiprocessors, queue);
     case 256:
       return run<T, 256>(p, multiprocessors, queue);
+    default:
+      throw std::runtime_error("attention_forward(" + p.describe() + "): no kernel has this headdim");
   }
 }
 

@@ -11,7 +11,6 @@ namespace fastgpt {
 
 // Of each thread of a block of three warpgroups, until they share them out anew (benchmarks/cuda_report.py).
 constexpr int kLaunchedRegisters = 168;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 inline std::string describe(const AttentionParams& p) {
   return "batch " + std::to_string(p.batch) + ", " + std::to_string(p.seqlen_q) + " queries, " +
@@ -88,7 +87,7 @@ __device__ __forceinline__ void clear_rows(T (&tiles)[kTiles][kRows][kTileColumn
 #pragma unroll 1
   for (int t = 0; t < kTiles; t++)
     for (int at = first * 8 + lane; at < kRows * 8; at += 32)
-      reinterpret_cast<uint4*>(tiles[t])[at] = uint4{0, 0, 0, 0};
+      store_chunk(reinterpret_cast<uint4*>(tiles[t]) + at, uint4{0, 0, 0, 0});
 }
 
 // A warpgroup's accumulators become 64 rows of a tensor, by way of its rows of `tiles`, which nobody else

@@ -17,13 +17,12 @@
 
 #include <cstdint>
 
-#include "fastgpt/mask.h"
+#include "device.h"
 
 namespace fastgpt {
 
 FASTGPT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGPT_HD int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTGPT_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Ranges {
   int64_t units, count;

@@ -58,7 +58,7 @@ constexpr int kMostResident = 3;  // blocks of a multiprocessor: registers are l
 constexpr int kResident = 2;      // blocks of a multiprocessor that num_splits = 0 provides for
 constexpr int kLeastTiles = 2;    // of a warp in a part of num_splits = 0
 constexpr int kPipelineBytes = 64 << 10;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = INFINITY;
+constexpr float kInfinity = INFINITY;
 
 // A block's range, with num_splits = 0, and the part that it is at.
 struct Plan {
@@ -92,7 +92,7 @@ struct Shape {
   static constexpr int kSharedBytes = kPlanAt + sizeof(Plan);
   static constexpr int kBlockKeys = kWarps * kKeys;
   static_assert(kStages >= 2 && kKeys % 8 == 0);
-  static_assert(kSharedBytes <= 99 << 10);  // what sm_86 and sm_89 have
+  static_assert(kSharedBytes <= kLeastShared);
   static_assert(kWarps * kRows * (kDim + 2) * 4 + kRows * kWarps * 4 <= kPipelineBytes);
 };
 
@@ -592,7 +592,7 @@ __device__ __forceinline__ void multiply_values(const float (&p)[S::kKeys / 8][4
 
 // tanh(x): its error is below 1e-7, and relative to x where that is small.
 __device__ __forceinline__ float tanh_of(float x) {
-  float t = exp2f(fabsf(x) * (-2 * kLog2e)), y = x * x;
+  float t = exp2f(fabsf(x) * (-2 * kLog2E)), y = x * x;
   float far = copysignf((1.0f - t) / (1.0f + t), x);
   float near = x * (1 + y * (-1.0f / 3 + y * (2.0f / 15 + y * (-17.0f / 315 + y * (62.0f / 2835)))));
   return y < 0.0625f ? near : far;
@@ -815,8 +815,8 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident)
     load_queries<S>(p, sequence, shared_q, q, block);
     Rows state;
     state.scale = p.softmax_scale * descale_of(p, p.k_descale, b, head_k) *
-                  (p.softcap != 0.0f ? 1.0f / p.softcap : kLog2e);
-    state.softcap = p.softcap * kLog2e;
+                  (p.softcap != 0.0f ? 1.0f / p.softcap : kLog2E);
+    state.softcap = p.softcap * kLog2E;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       int row = block.first_row + lane / 4 + 8 * h, query = row / block.group;
@@ -826,9 +826,9 @@ __global__ void __launch_bounds__(S::kThreads, kMostResident)
       state.end[h] = valid ? static_cast<int>(mask.end(query)) : 0;
       state.diagonal[h] = static_cast<int>(query + mask.shift);
       state.slopes[h] =
-          valid && p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch_stride + head] * kLog2e : 0.0f;
+          valid && p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch_stride + head] * kLog2E : 0.0f;
       // The sink is in the first part, as a key seen first, of value 0.
-      state.m[h] = valid && p.sink && walk.opens() && warp == 0 ? p.sink[head] * kLog2e : -kInfinity;
+      state.m[h] = valid && p.sink && walk.opens() && warp == 0 ? p.sink[head] * kLog2E : -kInfinity;
       state.l[h] = state.m[h] != -kInfinity && in_group == 0 ? 1.0f : 0.0f;
     }
     float acc[S::kWidth / 8][4];
@@ -929,12 +929,12 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   for (int distance = 16; distance > 0; distance /= 2)
     most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, distance));
   float finite = most == -kInfinity ? 0.0f : most;
-  for (int part = lane; part < parts; part += 32) sum += exp2f((lse_of(part) - finite) * kLog2e);
+  for (int part = lane; part < parts; part += 32) sum += exp2f((lse_of(part) - finite) * kLog2E);
   sum = warp_sum(sum, 32);
   float inverse = sum == 0.0f ? 0.0f : 1.0f / sum, acc[kMostColumns] = {};
 #pragma unroll 4
   for (int part = warp; part < parts; part += kMergeWarps) {
-    float lse = lse_of(part), weight = exp2f((lse - finite) * kLog2e) * inverse;
+    float lse = lse_of(part), weight = exp2f((lse - finite) * kLog2E) * inverse;
     const float* out = p.part_out + ((slot_of(part) * p.seqlen_q + query) * p.nheads + head) * dim;
     bool read = lse != -kInfinity;
 #pragma unroll
@@ -1032,7 +1032,7 @@ void decode(DeviceDecode p, const Queue& queue) {
   const Instance& instance = find(p);
   int64_t element_bytes = p.cache_type != CacheType::same ? 1 : p.dtype == DType::f32 ? 4 : 2;
   p.vectors = aligned(p.k_cache, p.headdim, element_bytes) && aligned(p.v_cache, p.headdim_v, element_bytes);
-  auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };
+  auto grid = [](int64_t blocks) { return dim3(grid_size(blocks)); };
   launch(instance.kernel,
          {"decode", grid(blocks_of(p) * (p.cuts ? p.parts : p.batch * p.parts)),
           dim3(static_cast<unsigned>(instance.threads)), instance.shared_bytes},

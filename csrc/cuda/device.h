@@ -21,6 +21,12 @@
 
 namespace fastgpt {
 
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// Of shared memory, what a block may have on every chip from sm_80 on: sm_86 and sm_89 have least.
+constexpr int kLeastShared = 99 * 1024;
+
+FASTGPT_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // The block's dynamic shared memory, aligned to 1024 bytes.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
@@ -31,6 +37,13 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 #endif
 }
+
+#ifndef FASTGPT_EMULATE
+// As instructions want it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+#endif
 
 // Barriers 1 to 15 of a block (0 is that of __syncthreads), passed when `threads` of them, a multiple of 32,
 // have come; those that only arrive do not wait.

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <exception>
+#include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -147,6 +149,24 @@ const void* body_context;
 std::vector<Meeting> warps[kMaxThreads / kWarp];  // one for each mask that lanes wait with
 Meeting warpgroups[kMaxThreads / kWarpgroup], whole_block, barriers[16];
 
+bool by_chance;
+uint64_t chance;                 // of the generator
+int order[kMaxThreads / kWarp];  // of warps, by chance: whoever can go on before the others does
+uint64_t rarely;                 // one turn in so many changes it
+
+constexpr int kWord = 4;
+int writers[kMaxShared / kWord];        // a thread that has not fenced what it wrote there, plus 1
+std::vector<int> written[kMaxThreads];  // where
+
+struct Engine {
+  void (*reset)();
+  std::string (*unfinished)();
+};
+std::vector<Engine>& engines() {
+  static std::vector<Engine> all;
+  return all;
+}
+
 #ifdef __SANITIZE_ADDRESS__
 void* scheduler_fake_stack;
 const void* scheduler_bottom;
@@ -269,7 +289,24 @@ Meeting& meeting_of(uint32_t mask, Where where) {
   return *unused;
 }
 
+// Below n (SplitMix64: Steele et al. 2014).
+uint64_t draw(uint64_t n) {
+  uint64_t x = chance += 0x9e3779b97f4a7c15;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  return (x ^ x >> 31) % n;
+}
+
 void reset() {
+  for (const Engine& engine : engines()) engine.reset();
+  for (std::vector<int>& words : written) {
+    for (int word : words) writers[word] = 0;
+    words.clear();
+  }
+  int all = (count + kWarp - 1) / kWarp;
+  std::iota(order, order + all, 0);
+  for (int i = all - 1; by_chance && i > 0; i--) std::swap(order[i], order[draw(i + 1)]);
+  if (by_chance) rarely = uint64_t{4} << 3 * draw(4);
   for (auto& meetings : warps) {
     meetings.clear();
     meetings.reserve(kWarp);
@@ -295,23 +332,52 @@ std::string deadlock() {
   return message + "; " + std::to_string(returned) + " have returned";
 }
 
+bool can_go_on(const Fiber& fiber) { return !fiber.returned && (!fiber.ready || fiber.ready(fiber.context)); }
+
+void go_on(Fiber& fiber, const Stacks& stacks) {
+  to_fiber(fiber, stacks);
+  if (failure) std::rethrow_exception(failure);
+}
+
+// All threads, if they can go on; returns whether one could.
+bool all_in_turn(bool backwards, const Stacks& stacks) {
+  bool progress = false;
+  for (int i = 0; i < count; i++) {
+    Fiber& fiber = fibers[backwards ? count - 1 - i : i];
+    if (!can_go_on(fiber)) continue;
+    progress = true;
+    go_on(fiber, stacks);
+  }
+  return progress;
+}
+
+// The threads of the first warp of the order that can go on, of which some may be held back.
+bool one_warp(const Stacks& stacks) {
+  int all = (count + kWarp - 1) / kWarp;
+  if (draw(rarely) == 0) std::swap(order[draw(all)], order[draw(all)]);
+  uint64_t held = draw(4) == 0 ? draw(uint64_t{1} << kWarp) : 0, backwards = draw(2);
+  bool progress = false;
+  for (int w = 0; w < all && !progress; w++)
+    for (int i = 0; i < kWarp; i++) {
+      int lane = backwards ? kWarp - 1 - i : i, number = order[w] * kWarp + lane;
+      if (number >= count || !can_go_on(fibers[number])) continue;
+      progress = true;
+      if (!(held >> lane & 1)) go_on(fibers[number], stacks);
+    }
+  return progress;
+}
+
 void run_block(const Stacks& stacks) {
   reset();
   for (int i = 0; i < count; i++) prepare(fibers[i], i, block.size, stacks);
   bool backwards = true;
   while (returned < count) {
-    bool progress = false;
     // In turn first to last and last to first: a missing barrier shows whoever it was to wait for.
     backwards = !backwards;
-    for (int i = 0; i < count; i++) {
-      Fiber& fiber = fibers[backwards ? count - 1 - i : i];
-      if (fiber.returned || (fiber.ready && !fiber.ready(fiber.context))) continue;
-      progress = true;
-      to_fiber(fiber, stacks);
-      if (failure) std::rethrow_exception(failure);
-    }
-    if (!progress) throw Error{deadlock()};
+    if (!(by_chance ? one_warp(stacks) : all_in_turn(backwards, stacks))) throw Error{deadlock()};
   }
+  for (const Engine& engine : engines())
+    if (std::string left = engine.unfinished(); !left.empty()) throw Error{"has ended with " + left};
 }
 
 }  // namespace
@@ -361,8 +427,44 @@ void barrier_arrive(int id, int threads, Where where) {
   if (arrive(barriers[id], threads, where, false)) release(barriers[id]);
 }
 
+void set_schedule(uint64_t seed) {
+  by_chance = seed != 0;
+  chance = seed;
+}
+
+bool at_once() { return by_chance && draw(2); }
+
+bool add_engine(void (*reset)(), std::string (*unfinished)()) {
+  engines().push_back({reset, unfinished});
+  return true;
+}
+
+void wrote(const void* word, int writer, Where where) {
+  auto at = static_cast<const unsigned char*>(word) - block.shared;
+  if (at < 0 || at >= block.shared_bytes) fail(where, "writes beside the block's shared memory");
+  writers[at / kWord] = writer + 1;
+  written[writer].push_back(static_cast<int>(at / kWord));
+}
+
+void fence_proxy() {
+  for (int word : written[thread->number])
+    if (writers[word] == thread->number + 1) writers[word] = 0;
+  written[thread->number].clear();
+}
+
+void expect_fenced(const void* from, int bytes, Where where) {
+  auto at = static_cast<const unsigned char*>(from) - block.shared;
+  if (at < 0 || at + bytes > block.shared_bytes) fail(where, "reads beside the block's shared memory");
+  for (auto word = at / kWord; word < (at + bytes) / kWord; word++)
+    if (writers[word])
+      fail(where, "reads what thread " + text(fibers[writers[word] - 1].index) +
+                      " has written without fence_proxy_async");
+}
+
 void run(const char* kernel, dim3 grid, dim3 size, int shared_bytes, void (*kernel_body)(const void*),
          const void* context) {
+  static std::mutex one_at_a_time;
+  std::lock_guard<std::mutex> lock(one_at_a_time);
   static const Stacks stacks;
   static std::vector<unsigned char> shared(kMaxShared + 2 * kGuard + 1024);
   static const std::vector<unsigned char> untouched(kGuard, 0xff);

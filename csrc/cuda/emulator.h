@@ -3,12 +3,24 @@
 // Blocks run one after another. Each of a block's threads is a fiber with a stack of its own, and one of them
 // runs at a time, until it waits: at a barrier, or at an instruction of a whole warp or warpgroup, which is
 // computed once its last thread has come to it, from what all of them have brought. So results do not depend
-// on the order in which threads run, unless the kernel has a race. What ends a launch with an error, naming
-// kernel, block and thread: threads that wait forever (deadlock), threads of one barrier or warp that are at
-// different places of the source (divergence), a shuffle by a lane outside its mask, writes beyond the
-// block's shared memory. That memory is NaN bytes when a block begins, and so is what lies beside it.
+// on the order in which threads run, unless the kernel has a race. Threads run in turn, or, by
+// set_schedule(seed), in an order that the seed draws, in which a warp may be held back for as long as others
+// can go on; the seed then also draws what copies do at once and what as late as they may.
 //
-// Not modelled: the order of memory accesses between barriers, time, and blocks at the same time.
+// What ends a launch with an error, naming kernel, block and thread: threads that wait forever (deadlock),
+// threads of one barrier or warp that are at different places of the source (divergence), a shuffle by a lane
+// outside its mask, writes beyond the block's shared memory, a wait for a phase of an mbarrier after which
+// another one has ended (parity cannot tell), copies and products under way when a block ends, copies and
+// products that read what was written without a proxy fence (by stmatrix and store_chunk: plain writes are
+// not seen). Shared memory is NaN bytes when a block begins, and so is what lies beside it and what a copy is
+// to write.
+//
+// Not modelled, so that a kernel can be wrong on a GPU that is right here: the order of memory accesses
+// (fences but the proxy's do nothing); blocks at the same time, and blocks that wait for a later one; fewer
+// registers than setmaxnreg or __launch_bounds__ leave, and whether its sums add up; wgmma_fence and whether
+// the compiler leaves accumulators alone (wgmma_done); wgmma's descriptors and the engine's tensor maps
+// beyond what these kernels set in them; the rounding of ex2.approx, rsqrtf, mma and wgmma, which sum in an
+// order of their own; visibility of copies to global memory (tma_wait_read says nothing of it); time.
 #pragma once
 
 #include <cstddef>
@@ -117,6 +129,21 @@ void block_barrier(Where where);
 // included.
 void barrier_sync(int id, int threads, Where where);
 void barrier_arrive(int id, int threads, Where where);
+
+// The order in which threads run from now on: in turn for 0, else as drawn from this seed.
+void set_schedule(uint64_t seed);
+// Whether something that may happen now or later is to happen now: never where threads run in turn.
+bool at_once();
+
+// What instructions leave under way: `reset` forgets it when a block begins, `unfinished` says what is left
+// when all threads have returned, or "".
+bool add_engine(void (*reset)(), std::string (*unfinished)());
+
+// Words of 4 bytes in shared memory that thread number `writer` has written, which copies and products may
+// not read before its fence_proxy.
+void wrote(const void* word, int writer, Where where);
+void fence_proxy();
+void expect_fenced(const void* from, int bytes, Where where);
 
 // Runs body(context) in each thread of each block of the grid; throws std::runtime_error.
 void run(const char* kernel, dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*),

@@ -1,13 +1,16 @@
 // What only Hopper (sm_90a) has, as functions: barriers that count bytes (mbarrier), the engine that copies
 // tiles between global and shared memory (TMA), products of a whole warpgroup (wgmma), registers that move
 // from one warpgroup to another. PTX under nvcc, and what it means beside it for the emulator, where copies
-// and products happen as late as they may: a copy when its barrier is waited for, a product when its group
-// is. What is read before that is NaN.
+// and products happen as late as they may: a copy when its barrier or, of a store, its group is waited for, a
+// product when its group is. What they are to write is NaN until then. By a schedule that is drawn, some
+// copies happen at once.
 #pragma once
 
 #include "device.h"
 
 #ifdef FASTGPT_EMULATE
+#include <algorithm>
+#include <functional>
 #include <map>
 #include <vector>
 #else
@@ -30,7 +33,8 @@ using TensorMap = CUtensorMap;
 #endif
 constexpr int kTileColumns = 64, kTileRowBytes = 128;
 
-// Throws std::runtime_error where the engine cannot: addresses and strides are multiples of 16 bytes.
+// Throws std::runtime_error where the engine cannot: addresses and strides are multiples of 16 bytes. The
+// tensor's device is the current one.
 TensorMap make_tensor_map(const Tensor& tensor, DType dtype, int64_t columns, int64_t rows, int64_t heads,
                           int64_t sequences, int tile_rows);
 
@@ -58,53 +62,101 @@ inline BarrierState& state_of(Mbarrier* barrier, Where where) {
   if (state->threads == 0xffff) fail(where, "the barrier was not initialized");
   return *state;
 }
-inline void settle(BarrierState& state) {
+
+struct Load {
+  int bytes;
+  std::function<void()> land;
+};
+// What a barrier's 8 bytes have no room for.
+struct BarrierHistory {
+  std::vector<Load> loads;  // on their way
+  int ended = 0;            // phases
+  int seen[kMaxThreads];  // by each thread, the last phase of which it knows that it has ended; -1 is before
+                          // all
+  BarrierHistory() { std::fill(std::begin(seen), std::end(seen), -2); }
+};
+inline std::map<Mbarrier*, BarrierHistory> histories;
+
+struct Store {
+  std::function<void()> read;  // empty: it has
+  bool committed;
+};
+inline std::vector<Store> stores[kMaxThreads];  // of which a thread does not know that they have been read
+
+inline void settle(Mbarrier* barrier, BarrierState& state) {
   if (state.missing == 0 && state.bytes_and_phase >> 1 == 0) {
     state.missing = state.threads;
     state.bytes_and_phase ^= 1;
+    histories[barrier].ended++;
   }
 }
-
-struct Copy {
-  const TensorMap* map;
-  unsigned char* to;
-  int column, row, head, sequence;
-};
-struct BytesCopy {
-  void* to;
-  const void* from;
-  int bytes;
-};
-// On their way, by the barrier that waits for them.
-inline std::map<Mbarrier*, std::vector<Copy>> copies;
-inline std::map<Mbarrier*, std::vector<BytesCopy>> bytes_copies;
+inline void land(Mbarrier* barrier, const Load& load, BarrierState& state) {
+  load.land();
+  state.bytes_and_phase -= 2 * load.bytes;
+  settle(barrier, state);
+}
+// Begins a copy to shared memory.
+inline void begin(Mbarrier* barrier, void* to, const Load& load, Where where) {
+  BarrierState& state = state_of(barrier, where);
+  auto at = static_cast<unsigned char*>(to) - block.shared;
+  if (at < 0 || at + load.bytes > block.shared_bytes) fail(where, "writes beside the block's shared memory");
+  std::memset(to, 0xff, load.bytes);
+  if (at_once())
+    land(barrier, load, state);
+  else
+    histories[barrier].loads.push_back(load);
+}
 
 inline int64_t swizzled(int64_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
-// store: from shared memory to global memory.
-inline void move(const Copy& copy, bool store) {
-  const TensorMap& map = *copy.map;
-  for (int r = 0; r < map.rows; r++)
-    for (int c = 0; c < kTileColumns; c++) {
-      int64_t row = copy.row + r, column = copy.column + c;
-      unsigned char* here = block.shared + swizzled(copy.to - block.shared + r * kTileRowBytes + 2 * c);
-      bool inside = row >= 0 && row < map.sizes[1] && column < map.sizes[0];
-      unsigned char* there = map.data + 2 * column + row * map.strides[1] + copy.head * map.strides[2] +
-                             copy.sequence * map.strides[3];
-      if (store && inside)
-        std::memcpy(there, here, 2);
-      else if (!store && inside)
-        std::memcpy(here, there, 2);
-      else if (!store)
-        std::memset(here, 0, 2);
-    }
+struct Tile {
+  const TensorMap* map;
+  unsigned char* shared;
+  int at[4];  // its first column, row, head and sequence
+
+  int bytes() const { return map->rows * kTileRowBytes; }
+  void move(bool store) const {
+    for (int r = 0; r < map->rows; r++)
+      for (int c = 0; c < kTileColumns; c++) {
+        int64_t place[4] = {at[0] + c, at[1] + r, at[2], at[3]}, offset = 0;
+        bool inside = true;
+        for (int axis = 0; axis < 4; axis++) {
+          inside = inside && place[axis] >= 0 && place[axis] < map->sizes[axis];
+          offset += place[axis] * map->strides[axis];
+        }
+        unsigned char* here = block.shared + swizzled(shared - block.shared + r * kTileRowBytes + 2 * c);
+        if (store && inside)
+          std::memcpy(map->data + offset, here, 2);
+        else if (!store && inside)
+          std::memcpy(here, map->data + offset, 2);
+        else if (!store)
+          std::memset(here, 0, 2);
+      }
+  }
+};
+inline Tile tile(const TensorMap* map, const void* shared, int column, int row, int head, int sequence,
+                 Where where) {
+  if (reinterpret_cast<uintptr_t>(shared) % 128) fail(where, "the tile is not aligned to 128 bytes");
+  return {map, static_cast<unsigned char*>(const_cast<void*>(shared)), {column, row, head, sequence}};
 }
+
+inline const bool has_copies = add_engine(
+    [] {
+      histories.clear();
+      for (auto& own : stores) own.clear();
+    },
+    []() -> std::string {
+      for (const auto& [barrier, history] : histories)
+        if (!history.loads.empty()) return "copies to shared memory under way";
+      for (const auto& own : stores)
+        if (!own.empty()) return "copies from shared memory that were not waited for";
+      return "";
+    });
 
 }  // namespace emulated
 
 inline void mbarrier_init(Mbarrier* barrier, int threads) {
-  emulated::copies[barrier].clear();
-  emulated::bytes_copies[barrier].clear();
+  emulated::histories[barrier] = {};
   uint16_t n = static_cast<uint16_t>(threads);
   *reinterpret_cast<emulated::BarrierState*>(barrier) = {n, n, 0};
 }
@@ -112,7 +164,7 @@ inline void mbarrier_arrive(Mbarrier* barrier, FASTGPT_WHERE("mbarrier_arrive"))
   auto& state = emulated::state_of(barrier, where);
   if (state.missing == 0) emulated::fail(where, "all threads of the barrier have arrived before");
   state.missing--;
-  emulated::settle(state);
+  emulated::settle(barrier, state);
 }
 inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes, FASTGPT_WHERE("mbarrier_arrive_expect")) {
   emulated::state_of(barrier, where).bytes_and_phase += 2 * bytes;
@@ -120,46 +172,65 @@ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes, FASTGPT_WHERE("
 }
 inline void mbarrier_wait(Mbarrier* barrier, int parity, FASTGPT_WHERE("mbarrier_wait")) {
   auto& state = emulated::state_of(barrier, where);
-  emulated::wait_until(where, [&state, barrier, parity] {
-    std::vector<emulated::Copy> landing;
-    landing.swap(emulated::copies[barrier]);
-    for (const emulated::Copy& copy : landing) {
-      emulated::move(copy, false);
-      state.bytes_and_phase -= 2 * copy.map->rows * kTileRowBytes;
-    }
-    std::vector<emulated::BytesCopy> bytes_landing;
-    bytes_landing.swap(emulated::bytes_copies[barrier]);
-    for (const emulated::BytesCopy& copy : bytes_landing) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-      state.bytes_and_phase -= 2 * copy.bytes;
-    }
-    if (!landing.empty() || !bytes_landing.empty()) emulated::settle(state);
-    return (state.bytes_and_phase & 1) != parity;
+  auto& history = emulated::histories[barrier];
+  int& seen = history.seen[emulated::thread->number];
+  int phase = seen + ((seen & 1) == parity ? 2 : 1);  // the next one of this parity
+  emulated::wait_until(where, [&state, &history, barrier, parity, phase] {
+    std::vector<emulated::Load> landing;
+    landing.swap(history.loads);
+    for (const emulated::Load& load : landing) emulated::land(barrier, load, state);
+    return (state.bytes_and_phase & 1) != parity || history.ended > phase + 1;
   });
+  if (history.ended > phase + 1)
+    emulated::fail(where, "phase " + std::to_string(phase) + " of the barrier has ended, and " +
+                              std::to_string(history.ended - 1 - phase) +
+                              " after it, before this thread has seen it");
+  seen = history.ended - 1;
 }
 inline void fence_mbarrier_init() {}
-inline void fence_proxy_async() {}
+inline void fence_proxy_async() { emulated::fence_proxy(); }
+inline void store_chunk(void* to, uint4 x, FASTGPT_WHERE("store_chunk")) {
+  for (int word = 0; word < 4; word++)
+    emulated::wrote(static_cast<unsigned char*>(to) + 4 * word, emulated::thread->number, where);
+  std::memcpy(to, &x, sizeof x);
+}
 
 inline void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, int column, int row, int head,
-                     int sequence) {
-  emulated::copies[barrier].push_back({map, static_cast<unsigned char*>(to), column, row, head, sequence});
+                     int sequence, FASTGPT_WHERE("tma_load")) {
+  emulated::Tile tile = emulated::tile(map, to, column, row, head, sequence, where);
+  emulated::begin(barrier, to, {tile.bytes(), [tile] { tile.move(false); }}, where);
 }
 inline void bulk_load(void* to, const void* from, int bytes, Mbarrier* barrier, FASTGPT_WHERE("bulk_load")) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes)) %
       16)
     emulated::fail(where, "an address or the size is no multiple of 16 bytes");
-  emulated::bytes_copies[barrier].push_back({to, from, bytes});
+  emulated::begin(barrier, to, {bytes, [=] { std::memcpy(to, from, bytes); }}, where);
 }
 inline void red_add(float* to, float4 x, FASTGPT_WHERE("red_add")) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulated::fail(where, "the address is no multiple of 16 bytes");
   to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
 }
-inline void tma_store(const TensorMap* map, const void* from, int column, int row, int head, int sequence) {
-  auto* memory = const_cast<unsigned char*>(static_cast<const unsigned char*>(from));
-  emulated::move({map, memory, column, row, head, sequence}, true);
+inline void tma_store(const TensorMap* map, const void* from, int column, int row, int head, int sequence,
+                      FASTGPT_WHERE("tma_store")) {
+  emulated::Tile tile = emulated::tile(map, from, column, row, head, sequence, where);
+  emulated::expect_fenced(from, tile.bytes(), where);
+  emulated::Store store{[tile] { tile.move(true); }, false};
+  if (emulated::at_once()) {
+    store.read();
+    store.read = nullptr;
+  }
+  emulated::stores[emulated::thread->number].push_back(store);
 }
-inline void tma_commit() {}
-inline void tma_wait_read() {}
+inline void tma_commit() {
+  for (auto& store : emulated::stores[emulated::thread->number]) store.committed = true;
+}
+inline void tma_wait_read() {
+  auto& own = emulated::stores[emulated::thread->number];
+  for (const auto& store : own)
+    if (store.committed && store.read) store.read();
+  own.erase(std::remove_if(own.begin(), own.end(), [](const auto& store) { return store.committed; }),
+            own.end());
+}
 inline void prefetch(const TensorMap*) {}
 
 template <int kRegisters>
@@ -168,10 +239,6 @@ template <int kRegisters>
 inline void setmaxnreg_dec() {}
 
 #else
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int threads) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(threads)
@@ -206,6 +273,8 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// 16 bytes of shared memory that copies or products are to read.
+__device__ __forceinline__ void store_chunk(void* to, uint4 x) { *static_cast<uint4*>(to) = x; }
 
 // A tile that begins at this column and row; the barrier counts its bytes, those beyond the tensor, too.
 __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, int column,
@@ -298,19 +367,33 @@ inline float number(const unsigned char* address, bool is_bf16) {
   std::memcpy(&bits, address, 2);
   return is_bf16 ? to_float(bf16{bits}) : to_float(f16{bits});
 }
-// Element (row, k) of a matrix.
-inline float element(uint64_t matrix, int row, int k, bool transposed, bool is_bf16) {
+// Where element (row, k) of a matrix is.
+inline const unsigned char* element(uint64_t matrix, int row, int k, bool transposed) {
   int64_t start = (matrix & 0x3fff) << 4, apart = (matrix >> 16 & 0x3fff) << 4,
           groups = (matrix >> 32 & 0x3fff) << 4;
   int64_t address = transposed ? row / 64 * apart + row % 64 * 2 + k / 8 * groups + k % 8 * 128
                                : row / 8 * groups + row % 8 * 128 + k * 2;
-  return number(block.shared + swizzled(start + address), is_bf16);
+  return block.shared + swizzled(start + address);
 }
+inline void expect_fenced(uint64_t matrix, int rows, bool transposed, Where where) {
+  for (int row = 0; row < rows; row += transposed ? 8 : 1)
+    for (int k = 0; k < 16; k += transposed ? 1 : 8)
+      expect_fenced(element(matrix, row, k, transposed), 16, where);
+}
+
+inline const bool has_products =
+    add_engine([] { std::fill(std::begin(products), std::end(products), Products{}); },
+               []() -> std::string {
+                 for (const Products& own : products)
+                   if (!own.open.empty() || !own.groups.empty()) return "products that were not waited for";
+                 return "";
+               });
 
 inline void compute(Products& own, const Product& p) {
   std::vector<float> b(16 * p.n);
   for (int k = 0; k < 16; k++)
-    for (int c = 0; c < p.n; c++) b[k * p.n + c] = element(p.b_matrix, c, k, p.b_transposed, p.is_bf16);
+    for (int c = 0; c < p.n; c++)
+      b[k * p.n + c] = number(element(p.b_matrix, c, k, p.b_transposed), p.is_bf16);
   std::vector<float>& values = own.values.at(p.d[0]);
   for (int row = 0; row < 64; row++) {
     int warp = row / 16, group = row % 8, half = row % 16 / 8;
@@ -321,7 +404,7 @@ inline void compute(Products& own, const Product& p) {
         uint16_t low = static_cast<uint16_t>(bits);
         a[k] = p.is_bf16 ? to_float(bf16{low}) : to_float(f16{low});
       } else {
-        a[k] = element(p.a_matrix, row, k, p.a_transposed, p.is_bf16);
+        a[k] = number(element(p.a_matrix, row, k, p.a_transposed), p.is_bf16);
       }
     }
     for (int c = 0; c < p.n; c++) {
@@ -345,6 +428,8 @@ void wgmma_issue(float (&d)[N / 2], const uint32_t* a, uint64_t a_matrix, uint64
   } own{d, a};
   emulated::warpgroup_wide(own, where, [&](Own* const(&threads)[128]) {
     emulated::Products& mine = emulated::products[emulated::thread->number / 128];
+    if (!a) emulated::expect_fenced(a_matrix, 64, a_transposed, where);
+    emulated::expect_fenced(b_matrix, N, b_transposed, where);
     emulated::Product p{
         {}, {}, a_matrix, b_matrix, N, a_transposed, b_transposed, accumulate, dtype_of<T> == DType::bf16};
     for (int i = 0; i < 128; i++) p.d[i] = threads[i]->d, p.a[i] = threads[i]->a;

@@ -47,10 +47,9 @@ inline void load_matrices(uint32_t (&words)[4], const void* row, FASTGPT_WHERE("
 }
 #else
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
+               : "r"(shared_address(row))
                : "memory");
 }
 #endif
@@ -62,10 +61,9 @@ inline void load_transposed(uint32_t (&words)[4], const void* row, FASTGPT_WHERE
 }
 #else
 __device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void* row) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
+               : "r"(shared_address(row))
                : "memory");
 }
 #endif
@@ -78,17 +76,19 @@ inline void store_matrices(void* row, const uint32_t (&words)[4], FASTGPT_WHERE(
     void* row;
     const uint32_t* words;
   } own{row, words};
-  emulated::warp_wide(kAllLanes, own, where, [](Rows* const(&lanes)[32]) {
+  emulated::warp_wide(kAllLanes, own, where, [where](Rows* const(&lanes)[32]) {
+    int first = emulated::thread->number - emulated::thread->lane;
     for (int i = 0; i < 32; i++)
-      for (int m = 0; m < 4; m++)
-        std::memcpy(static_cast<unsigned char*>(lanes[8 * m + i / 4]->row) + i % 4 * 4, &lanes[i]->words[m],
-                    4);
+      for (int m = 0; m < 4; m++) {
+        auto* word = static_cast<unsigned char*>(lanes[8 * m + i / 4]->row) + i % 4 * 4;
+        emulated::wrote(word, first + i, where);
+        std::memcpy(word, &lanes[i]->words[m], 4);
+      }
   });
 }
 #else
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&words)[4]) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }

@@ -14,6 +14,7 @@
 #include "norm.h"
 #ifdef FASTGPT_EMULATE
 #include "../emulated/self_test.h"
+#include "emulator.h"
 #endif
 
 namespace fastgpt {
@@ -60,6 +61,13 @@ Params attention_of(const Array& q, const Array& k, const Array& v, const Array&
   return p;
 }
 
+// While kernels are launched: other Python threads go on, and the queue's device is the current one.
+struct Launching {
+  py::gil_scoped_release others;
+  OnDevice on;
+  explicit Launching(const Queue& queue) : on(queue) {}
+};
+
 CacheType cache_type_of(const Data& cache) {
   Element element = cache.element();
   return element == Element::int8   ? CacheType::int8
@@ -74,15 +82,18 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
   using namespace fastgpt;
   find_elements();
 
-  m.def("unavailable", &unavailable);
+  m.def("unavailable", &unavailable, py::arg("major") = 0);
 #ifdef FASTGPT_EMULATE
-  m.def("self_test", [](const std::string& name, Data out) { self_test(name, out); });
+  m.def("self_test", [](const std::string& name, Data in, Data out) { self_test(name, in, out); });
+  m.def("set_schedule", &emulated::set_schedule);
 #endif
 
   m.def("attention_forward", [](const PyQueue& queue, int multiprocessors, const Array& q, const Array& k,
                                 const Array& v, const Array& out, Data lse, const PyAttention& options) {
-    attention_forward(attention_of<AttentionParams>(q, k, v, out, lse, options), multiprocessors,
-                      queue_of(queue));
+    auto p = attention_of<AttentionParams>(q, k, v, out, lse, options);
+    Queue on = queue_of(queue);
+    Launching launching(on);
+    attention_forward(p, multiprocessors, on);
   });
 
   m.def("attention_backward_workspace", [](const Array& q, const Array& k, const PyAttention& options) {
@@ -99,7 +110,9 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
           p.dq = tensor(dq);
           p.dk = tensor(dk);
           p.dv = tensor(dv);
-          attention_backward(p, workspace, queue_of(queue));
+          Queue on = queue_of(queue);
+          Launching launching(on);
+          attention_backward(p, workspace, on);
         });
 
   m.def("norm_forward",
@@ -123,7 +136,9 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
           p.rstd = rstd;
           p.dropout = dropout_of(dropout);
           p.eps = eps;
-          norm_forward(p, queue_of(queue));
+          Queue on = queue_of(queue);
+          Launching launching(on);
+          norm_forward(p, on);
         });
 
   m.def("norm_backward",
@@ -154,7 +169,9 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
           p.partial_rows = partial_rows;
           p.dropout = dropout_of(dropout);
           p.multiprocessors = multiprocessors;
-          norm_backward(p, queue_of(queue));
+          Queue on = queue_of(queue);
+          Launching launching(on);
+          norm_backward(p, on);
         });
 
   m.def("decode_parts", [](int64_t multiprocessors, Data q, Data k_cache, int64_t batch, int64_t seqlen_q,
@@ -235,6 +252,8 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
           p.softcap = softcap;
           p.window_left = window_left;
           p.window_right = window_right;
-          decode(p, queue_of(queue));
+          Queue on = queue_of(queue);
+          Launching launching(on);
+          decode(p, on);
         });
 }

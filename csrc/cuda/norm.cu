@@ -554,10 +554,10 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceRows)
   gradient[column] = from_float<W>(total);
 }
 
+// Of kernels whose blocks walk the rows.
 constexpr int64_t kMostBlocks = 1 << 30;
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether kVector elements can be read and written at once.
 template <int kVector>
@@ -578,7 +578,9 @@ void run_forward(const DeviceNormForward& p, const Queue& queue) {
   const Split* split = vectors ? find(kForward, bytes) : nullptr;
   void (*kernel)(DeviceNormForward) = nullptr;
   const char* name = "norm_forward";
+  int64_t blocks;
   if (split) {
+    blocks = divide_up(p.rows, split->rows);
     switch (split->pieces) {
       case 1:
         kernel = norm_forward_kernel<T, kVector, 1, kDropout>;
@@ -598,9 +600,9 @@ void run_forward(const DeviceNormForward& p, const Queue& queue) {
     kernel =
         vectors ? norm_forward_long_kernel<T, kVector, kDropout> : norm_forward_long_kernel<T, 1, kDropout>;
     name = "norm_forward_long";
+    blocks = min(divide_up(p.rows, split->rows), kMostBlocks);
   }
-  int64_t blocks = min(divide_up(p.rows, split->rows), kMostBlocks);
-  launch(kernel, {name, dim3(blocks), dim3(split->threads, split->rows), kSumBytes}, queue, p);
+  launch(kernel, {name, dim3(grid_size(blocks)), dim3(split->threads, split->rows), kSumBytes}, queue, p);
 }
 
 template <class T, bool kDropout>
@@ -615,19 +617,22 @@ void run_backward(DeviceNormBackward& p, const Queue& queue) {
     int resident = split->pieces == 1 || split->threads * split->rows <= kMostThreads / 2 ? 2 : 1;
     p.partial_rows = min(p.partial_rows, min(resident * p.multiprocessors, divide_up(p.rows, split->rows)));
     int shared_bytes = partial_bytes(split->threads, split->rows, split->pieces * kVector);
-    launch(kernel, {"norm_backward", dim3(p.partial_rows), dim3(split->threads, split->rows), shared_bytes},
-           queue, p);
+    launch(
+        kernel,
+        {"norm_backward", dim3(grid_size(p.partial_rows)), dim3(split->threads, split->rows), shared_bytes},
+        queue, p);
     return;
   }
   const Split* split = find(kLong, bytes);
   int64_t blocks = min(divide_up(p.rows, split->rows), kMostBlocks);
   launch(
       vectors ? norm_backward_long_kernel<T, kVector, kDropout> : norm_backward_long_kernel<T, 1, kDropout>,
-      {"norm_backward_long", dim3(blocks), dim3(split->threads, split->rows), kSumBytes}, queue, p);
+      {"norm_backward_long", dim3(grid_size(blocks)), dim3(split->threads, split->rows), kSumBytes}, queue,
+      p);
   if (!p.dweight && !p.dbias) return;
   int width = vectors ? kVector : 1;
   p.partial_rows = min(p.partial_rows, divide_up(p.rows, kColumnRows));
-  dim3 grid(divide_up(p.hidden, kColumnThreads * width), p.partial_rows);
+  dim3 grid(grid_size(divide_up(p.hidden, kColumnThreads * width)), static_cast<unsigned>(p.partial_rows));
   launch(vectors ? norm_columns_kernel<T, kVector> : norm_columns_kernel<T, 1>,
          {"norm_columns", grid, dim3(kColumnThreads, kColumnRows),
           partial_bytes(kColumnThreads, kColumnRows, width)},
@@ -668,7 +673,7 @@ void norm_backward(DeviceNormBackward p, const Queue& queue) {
   auto kernel = p.weight_dtype == DType::f32    ? norm_reduce_kernel<float>
                 : p.weight_dtype == DType::bf16 ? norm_reduce_kernel<bf16>
                                                 : norm_reduce_kernel<f16>;
-  dim3 grid(divide_up(p.hidden, kReduceThreads), 2);
+  dim3 grid(grid_size(divide_up(p.hidden, kReduceThreads)), 2);
   launch(kernel, {"norm_reduce", grid, dim3(kReduceThreads, kReduceRows), kReduceThreads * kReduceRows * 4},
          queue, p);
 }

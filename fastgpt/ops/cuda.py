@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,10 +50,21 @@ def unavailable() -> str | None:
         return str(reason)
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())]
-    if max(capabilities) < OLDEST:
-        return f"the GPU is sm_{capabilities[0][0]}{capabilities[0][1]}, and the kernels need sm_80 or later"
-    return None
+    if older := gpus_not(lambda capability: capability >= OLDEST):
+        return f"the kernels need sm_80 or later, and {older}"
+    newest = max(torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count()))
+    return module.unavailable(newest[0]) or None
+
+
+def gpus_not(suitable: Callable[[tuple[int, int]], bool]) -> str:
+    """Of the GPUs that torch sees, on any of which a tensor may be, those that are not ``suitable``."""
+    others = []
+    for gpu in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(gpu)
+        if not suitable((major, minor)):
+            others.append(f"cuda:{gpu} ({torch.cuda.get_device_name(gpu)}) is sm_{major}{minor}")
+    hidden = ": CUDA_VISIBLE_DEVICES can hide it" if len(others) < torch.cuda.device_count() else ""
+    return " and ".join(others) + hidden if others else ""
 
 
 def refusals(

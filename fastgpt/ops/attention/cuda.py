@@ -22,12 +22,9 @@ _cuda = cuda.load()
 
 
 @functools.cache
-def _other_chips() -> list[str]:
+def _other_chips() -> str:
     """The GPUs that are no Hopper."""
-    if cuda.EMULATED:
-        return []
-    capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())]
-    return sorted({f"sm_{major}{minor}" for major, minor in capabilities if major != 9})
+    return "" if cuda.EMULATED else cuda.gpus_not(lambda capability: capability == (9, 0))
 
 
 def unsupported(call: AttentionCall) -> list[str]:
@@ -40,7 +37,7 @@ def unsupported(call: AttentionCall) -> list[str]:
     elif "backward" in call.features and call.headdim not in BACKWARD_HEADDIMS:
         reasons.append(f"headdim {call.headdim} has no backward: 64 and 128 have")
     if chips := _other_chips():
-        reasons.append(f"the kernel is for sm_90, and there is {' and '.join(chips)}")
+        reasons.append(f"the kernel is for sm_90, and {chips}")
     return reasons
 
 
