@@ -30,10 +30,11 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-dev
 demo: $(VENV)/.stamp-demo
 	$(BIN)/fastgpt demo --plot demo.png
 
-# The Triton kernels run in Triton's interpreter and the CUDA kernels in csrc/cuda/emulator.h, on CPU tensors, a
-# process a core.
+# A process a core; the CPU kernels have all cores in each, whose threads do not spin while they wait. The Triton
+# kernels run in Triton's interpreter and the CUDA kernels in csrc/cuda/emulator.h, on CPU tensors.
 test: $(VENV)/.stamp-dev
-	FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu \
+		$(BIN)/python -m pytest -n auto --dist worksteal
 	TRITON_INTERPRET=1 FASTGPT_REQUIRE_BACKENDS=triton OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n auto -k "triton or test_device"
 	FASTGPT_CUDA_EMULATE=1 FASTGPT_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \

@@ -369,7 +369,7 @@ SHAPE = {
 }
 GROUPED = SHAPE | {"num_key_value_heads": 2}
 GEMMA = GROUPED | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}  # a choice would turn on rounding
 # Of each: how many norms are fastgpt's, and which are left.
 ARCHITECTURES = {
     "gpt2": (transformers.GPT2Config(n_embd=64, n_head=4, n_layer=3, n_positions=128, vocab_size=101), 7, ""),
