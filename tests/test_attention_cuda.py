@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 
@@ -77,6 +78,36 @@ def test_sequences_do_not_meet():
         first, last = (90, 190) if name in ("dk", "dv") else (70, 160)
         assert now[first:last].isnan().all(), name
         assert torch.equal(now[:first], was[:first]) and torch.equal(now[last:], was[last:]), name
+
+
+def test_rows_that_are_no_keys_meet_no_gradient():
+    """Nor does NaN in dout reach the gradients of rows behind a sequence's keys."""
+    q, k, v, dout = (torch.randn(1, 128, 1, 64).bfloat16() for _ in range(4))
+    dout[0, 7] = torch.nan
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    used = torch.tensor([100], dtype=torch.int32)
+    out = fastgpt.attention(*leaves, seqused_k=used, causal=False, backend="cuda")
+    _, dk, dv = torch.autograd.grad(out, leaves, dout)
+    assert not dk[:, 100:].any() and not dv[:, 100:].any()
+
+
+def test_lengths_beyond_the_tensors():
+    """On a GPU nobody checks them: the kernels end, and touch no other memory."""
+    kernels = importlib.import_module("fastgpt.ops.attention.cuda")
+    edges = torch.tensor([0, 90, 400], dtype=torch.int32)
+    used = torch.tensor([129, 9999], dtype=torch.int32)
+    for shape, tensors in (
+        ((2, 128, 2, 64), AttentionTensors(seqused_k=used)),
+        ((128, 2, 64), AttentionTensors(edges, edges)),
+        ((128, 2, 64), AttentionTensors(edges, edges, seqused_k=used)),
+    ):
+        q, k, v, dout = (torch.randn(shape).bfloat16() for _ in range(4))
+        packed = tensors.cu_seqlens_q is not None
+        key_ranges = tensors.seqused_k is not None
+        spec = AttentionSpec(0.1, window_right=0, varlen=packed, key_ranges=key_ranges)
+        out, lse = kernels.forward(q, k, v, spec, tensors)
+        grads = kernels.backward(dout, None, q, k, v, out, lse, False, spec, tensors)[:3]
+        assert not any(t.isnan().any() for t in (out, *grads))
 
 
 def test_two_runs_give_the_same_gradients_in_any_batch():

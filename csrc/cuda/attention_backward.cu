@@ -18,12 +18,13 @@
 // dq is a sum over blocks of keys, in fp32, in global memory. They add to it in turn, from the last keys to
 // the first ones, so that two runs give the same bits: before it adds, a block waits until the flag of these
 // queries counts all blocks before it; the first of them writes. A block takes its keys by the next ticket,
-// from the last to the first as well, so it waits only for blocks that have begun, and with causal masks,
-// where it begins with the queries at the diagonal, for none: at any time each block is at other queries.
+// from the last to the first as well, so it waits only for blocks that have begun. With causal masks it
+// begins with the queries at the diagonal: at any time each block is at other queries, and the one before it
+// has been there. Without one all begin at the same queries, and each waits once, until it is that far
+// behind.
 //
 // Held by tests/test_attention_cuda.py in the emulator; not yet run on a GPU.
 
-#include <climits>
 #include <cmath>
 
 #include "attention_tiles.h"
@@ -47,6 +48,7 @@ constexpr int kQueries = D == 64 ? 128 : 64;
 struct KeysAt {
   int b, h, key, keys;  // h: of k
   int queries, first, end;
+  int group, steps;  // heads of q to one of k; blocks of queries of all of them
 };
 
 // Of a block of queries: the first one, the part of dq that a warpgroup has (the other has the next one), and
@@ -55,7 +57,7 @@ struct alignas(16) Step {
   int64_t part;
   int query, turn;
 };
-constexpr int kSteps = 4;  // that are kept: one is being added, one computed, and kStages brought
+constexpr int kSteps = 4;  // that are kept, of which three are read or written: added, computed, brought
 
 template <class T, int D>
 struct Shared {
@@ -87,7 +89,6 @@ struct Params : AttentionBackwardParams {
   TensorMap q_map, dout_map, k_map, v_map, dk_map, dv_map;
   Workspace work;
   int64_t rows;          // of all heads' blocks
-  int heads;             // of q, of all sequences; of one, where they are packed
   int blocks, blocks_k;  // of a head
   bool packed;           // rows beyond a sequence's last one are another sequence's
   bool ends_inside;      // keys end before their tensor's rows do, or their sequence's
@@ -172,6 +173,7 @@ __device__ __forceinline__ KeysAt keys_of(const Params& p, int ticket) {
   int head = ticket / p.blocks_k, within = p.blocks_k - 1 - ticket % p.blocks_k;
   at.h = head % static_cast<int>(p.nheads_k);
   at.b = head / static_cast<int>(p.nheads_k);
+  at.group = static_cast<int>(p.nheads / p.nheads_k);
   if (p.packed) within = of_sequence(p.cu_seqlens_k, p.batch, kKeys, within, at.b);
   at.key = within * kKeys;
   at.keys = static_cast<int>(p.keys(at.b));
@@ -183,6 +185,7 @@ __device__ __forceinline__ KeysAt keys_of(const Params& p, int ticket) {
   if (first >= end) return at;
   at.first = static_cast<int>(first / kQueries<D>);
   at.end = static_cast<int>((end + kQueries<D> - 1) / kQueries<D>);
+  at.steps = at.group * (at.end - at.first);
   return at;
 }
 
@@ -241,10 +244,10 @@ struct Loader {
   }
 
   __device__ __forceinline__ void run() {
-    int group = static_cast<int>(p.nheads / p.nheads_k), sequence = p.packed ? 0 : at.b, step = 0;
+    int sequence = p.packed ? 0 : at.b, step = 0;
     load(s.k, &p.k_map, s.v, &p.v_map, p.first_key_row(at.b) + at.key, at.h, sequence,
          p.ends_inside ? at.keys - at.key : kKeys, &s.keys_full, 0);
-    for (int h = at.h * group; h < (at.h + 1) * group; h++)
+    for (int h = at.h * at.group; h < (at.h + 1) * at.group; h++)
       for (int m = at.first; m < at.end; m++, step++) {
         Queries of{at.b, h, m * kQueries<D>, at.queries, 0, 0};
         see_keys<D>(p, of);
@@ -277,7 +280,7 @@ struct Computer {
       : p(params),
         s(shared),
         at(shared.at),
-        group(thread / 128),
+        group(__shfl_sync(kAllLanes, thread / 128, 0)),
         warp(thread % 128 / 32),
         lane(thread % 32) {}
 
@@ -286,14 +289,14 @@ struct Computer {
   // (keys, queries) = a bᵀ
   __device__ __forceinline__ void issue_scores(float (&d)[M / 2], typename Shared<T, D>::Keys& a,
                                                typename Shared<T, D>::Queries& b) {
-    int own = 64 * group;
-    forget(own);  // addresses are computed anew every time: there are no registers to keep them in
+    uint64_t of_a = descriptor(operand_address(a.tiles[0][64 * group])),
+             of_b = descriptor(operand_address(b.tiles[0]));
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
       int t = c / 4, bytes = c % 4 * 32;
-      wgmma_shared<T, M>(d, descriptor(operand_address(a.tiles[t][own]) + bytes),
-                         descriptor(operand_address(b.tiles[t]) + bytes), c > 0);
+      wgmma_shared<T, M>(d, advanced(of_a, t * kKeys * kTileRowBytes + bytes),
+                         advanced(of_b, t * M * kTileRowBytes + bytes), c > 0);
     }
     wgmma_commit();
   }
@@ -301,22 +304,24 @@ struct Computer {
   // (keys, D) += (keys, queries) b
   __device__ __forceinline__ void issue_sum(float (&sum)[D / 2], const uint32_t (&factors)[M / 16][4],
                                             typename Shared<T, D>::Queries& b) {
+    uint64_t of_b = descriptor(operand_address(b.tiles[0]), M * kTileRowBytes);
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < M / 16; c++)
-      wgmma_registers<T, D>(sum, factors[c],
-                            descriptor(operand_address(b.tiles[0][16 * c]), M * kTileRowBytes), true);
+      wgmma_registers<T, D>(sum, factors[c], advanced(of_b, 16 * c * kTileRowBytes), true);
     wgmma_commit();
   }
 
   // Its part of dq, 64 queries by 64 columns: half of the queries or half of the columns.
   __device__ __forceinline__ void issue_dq(float (&dq)[32], typename Shared<T, D>::Scores& ds) {
     int queries = M == 128 ? group : 0, columns = D == 128 ? group : 0;
+    uint64_t of_ds = descriptor(operand_address(ds.tiles[queries]));
+    uint64_t of_k = descriptor(operand_address(s.k.tiles[columns]));
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < kKeys / 16; c++)
-      wgmma_transposed<T, 64>(dq, descriptor(operand_address(ds.tiles[queries][16 * c])),
-                              descriptor(operand_address(s.k.tiles[columns][16 * c])), c > 0);
+      wgmma_transposed<T, 64>(dq, advanced(of_ds, 16 * c * kTileRowBytes),
+                              advanced(of_k, 16 * c * kTileRowBytes), c > 0);
     wgmma_commit();
   }
 
@@ -365,20 +370,24 @@ struct Computer {
     }
   }
 
-  // When it is this block's turn.
+  // When it is this block's turn: after a barrier with the thread that has waited for it.
   __device__ __forceinline__ void add(const float (&dq)[32], int step) {
     Step of = s.steps[step % kSteps];
-    if (warp == 0 && lane == 0) flag_wait(p.work.flags + of.part + group, of.turn);
     named_barrier_sync(kOwn + group, 128);
     float* to = p.work.dq + (of.part + group) * (64 * 64) + 4 * (32 * warp + lane);
+    auto four = [&](int i) { return float4{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]}; };
+    if (of.turn == 0) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float4 four{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]};
-      if (of.turn == 0)
-        *reinterpret_cast<float4*>(to + 512 * i) = four;
-      else
-        red_add(to + 512 * i, four);
+      for (int i = 0; i < 8; i++) *reinterpret_cast<float4*>(to + 512 * i) = four(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) red_add(to + 512 * i, four(i));
     }
+  }
+  __device__ __forceinline__ void await_turn(int step) {
+    if (warp > 0 || lane > 0) return;
+    Step of = s.steps[step % kSteps];
+    if (of.turn > 0) flag_wait(p.work.flags + of.part + group, of.turn);
   }
   // After a barrier that those who have added have come to.
   __device__ __forceinline__ void pass_turn(int step) {
@@ -419,12 +428,13 @@ struct Computer {
       named_barrier_sync(kAll, 128 * kWarpgroups);
       issue_dq(dq, ds);
       if (step > 0) pass_turn(step - 1);  // what was added then is there by now
+      await_turn(step);
       wgmma_wait<0>();
       wgmma_done(dv);
       wgmma_done(dk);
       wgmma_done(dq);
       if (lane == 0) mbarrier_arrive(&s.empty[stage]);
-      if (++step == (at.end - at.first) * static_cast<int>(p.nheads / p.nheads_k)) break;
+      if (++step == at.steps) break;
       stage = step % kStages;
       mbarrier_wait(&s.full[stage], step / kStages % 2);
       issue_scores(scores, s.k, s.q[stage]);
@@ -443,7 +453,7 @@ struct Computer {
     if (at.key >= at.keys) return;
 #pragma unroll
     for (int i = 0; i < D / 2; i++) dk[i] *= p.softmax_scale;
-    int rows = p.packed ? at.keys - at.key - 64 * group : 64, sequence = p.packed ? 0 : at.b;
+    int rows = p.ends_inside ? at.keys - at.key - 64 * group : 64, sequence = p.packed ? 0 : at.b;
     int64_t first = p.first_key_row(at.b) + at.key + 64 * group;
     store_rows<T, D>(s.k.tiles, dk, group, warp, lane, kOwn + group, &p.dk_map, p.dk, first, rows, at.h,
                      sequence);
@@ -524,8 +534,6 @@ void run(Params& p, unsigned char* workspace, const Queue& queue) {
   p.work.ticket = p.work.flags + p.rows / kQueries<D> * kWarpgroups;
   int64_t tiles = p.nheads_k * sequences * p.blocks_k;
   int64_t row_blocks = p.rows * (D / 8) / kRowThreads;
-  if (tiles > INT_MAX || row_blocks > INT_MAX)
-    throw std::runtime_error("attention_backward(" + p.describe() + "): more tiles than fit in 32 bits");
   auto grid = [](int64_t blocks) { return dim3(grid_size(blocks)); };
   if (p.rows > 0)
     launch(attention_backward_rows_kernel<T, D>,
@@ -550,10 +558,10 @@ void count(Params& p) {
   int size = p.headdim == 64 ? kQueries<64> : kQueries<128>;
   p.packed = p.cu_seqlens_q != nullptr;
   p.ends_inside = p.cu_seqlens_k || p.seqused_k || p.leftpad_k;
-  p.heads = static_cast<int>(p.nheads * (p.packed ? 1 : p.batch));
+  int64_t heads = p.nheads * (p.packed ? 1 : p.batch);
   p.blocks = static_cast<int>(p.packed ? p.seqlen_q / size + p.batch : (p.seqlen_q + size - 1) / size);
   p.blocks_k = static_cast<int>(p.packed ? p.seqlen_k / kKeys + p.batch : (p.seqlen_k + kKeys - 1) / kKeys);
-  p.rows = int64_t{p.heads} * p.blocks * size;
+  p.rows = heads * p.blocks * size;
 }
 
 }  // namespace

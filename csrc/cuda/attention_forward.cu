@@ -65,7 +65,7 @@ struct Params : AttentionParams {
 // A tile of queries, and the blocks of keys that they see: [first, end), of which all see [full, full_end)
 // whole.
 struct Work {
-  int b, h, query;  // the first one
+  int b, h, h_k, query;  // heads of q and k; the first query
   int queries, keys;
   int first, full, full_end, end;
 };
@@ -79,6 +79,7 @@ __device__ __forceinline__ Work work(const Params& p, int tile) {
   int slice = section * p.section + within % heads, block = p.blocks - 1 - within / heads;
   Work w{};
   w.h = slice % static_cast<int>(p.nheads);
+  w.h_k = w.h / static_cast<int>(p.nheads / p.nheads_k);
   w.b = slice / static_cast<int>(p.nheads);
   if (p.packed) block = of_sequence(p.cu_seqlens_q, p.batch, kQueries, block, w.b);
   w.query = block * kQueries;
@@ -95,6 +96,17 @@ __device__ __forceinline__ Work work(const Params& p, int tile) {
   w.full_end = static_cast<int>(mask.end(w.query)) / kKeys<D>;
   return w;
 }
+
+// The place in a ring of kStages buffers.
+struct Ring {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
 
 // Brings all that the block's tiles read: one warp, of which one lane issues the copies.
 template <class T, int D>
@@ -122,10 +134,9 @@ struct Loader {
   __device__ __forceinline__ void copy_rows(typename Shared<T, D>::Keys& to, const TensorMap* map,
                                             Mbarrier* barrier, const Work& w, int n) {
     int row = static_cast<int>(p.first_key_row(w.b)) + n * kKeys<D>, b = p.cu_seqlens_k ? 0 : w.b;
-    int head = w.h / static_cast<int>(p.nheads / p.nheads_k);
 #pragma unroll 1  // a loader has few registers
     for (int t = 0; t < D / kTileColumns; t++)
-      tma_load(to.tiles[t], map, barrier, t * kTileColumns, row, head, b);
+      tma_load(to.tiles[t], map, barrier, t * kTileColumns, row, w.h_k, b);
   }
 
   __device__ __forceinline__ void load_keys(const Work& w, int n) {
@@ -199,13 +210,18 @@ struct Computer {
 
   const Params& p;
   Shared<T, D>& s;
-  int group;  // which of the computing warpgroups
+  int group;  // which of the computing warpgroups; read from one lane, it is the same for a warp to the
+              // compiler
   int warp, lane;
   Ring k, v;
   int q_parity = 0;
 
   __device__ __forceinline__ Computer(const Params& params, Shared<T, D>& shared, int thread)
-      : p(params), s(shared), group(thread / 128), warp(thread % 128 / 32), lane(thread % 32) {}
+      : p(params),
+        s(shared),
+        group(__shfl_sync(kAllLanes, thread / 128, 0)),
+        warp(thread % 128 / 32),
+        lane(thread % 32) {}
 
   float o[D / 2];
   float m[2], l[2];  // the rows' maxima of scores, and this thread's part of the sums
@@ -214,25 +230,24 @@ struct Computer {
   __device__ __forceinline__ int row() const { return 64 * group + 16 * warp + lane / 4; }
 
   __device__ __forceinline__ void issue_scores(float (&scores)[N / 2]) {
-    int own = 64 * group;
-    forget(own);  // addresses are computed anew every time: there are no registers to keep them in
+    uint64_t of_q = descriptor(operand_address(s.q.tiles[0][64 * group]));
+    uint64_t of_k = descriptor(operand_address(s.k[k.stage].tiles[0]));
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
       int t = c / 4, bytes = c % 4 * 32;
-      wgmma_shared<T, N>(scores, descriptor(operand_address(s.q.tiles[t][own]) + bytes),
-                         descriptor(operand_address(s.k[k.stage].tiles[t]) + bytes), c > 0);
+      wgmma_shared<T, N>(scores, advanced(of_q, t * kQueries * kTileRowBytes + bytes),
+                         advanced(of_k, t * N * kTileRowBytes + bytes), c > 0);
     }
     wgmma_commit();
   }
 
   __device__ __forceinline__ void issue_out() {
+    uint64_t of_v = descriptor(operand_address(s.v[v.stage].tiles[0]), N * kTileRowBytes);
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < N / 16; c++)
-      wgmma_registers<T, D>(o, probabilities[c],
-                            descriptor(operand_address(s.v[v.stage].tiles[0][16 * c]), N * kTileRowBytes),
-                            true);
+      wgmma_registers<T, D>(o, probabilities[c], advanced(of_v, 16 * c * kTileRowBytes), true);
     wgmma_commit();
   }
 

@@ -38,17 +38,7 @@ __device__ __forceinline__ int of_sequence(const int32_t* edges, int64_t batch, 
   return block - first_block(edges, size, low);
 }
 
-// The place in a ring of kStages buffers.
-constexpr int kStages = 2;
-struct Ring {
-  int stage = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+constexpr int kStages = 2;  // buffers that the copies are ahead by
 
 __device__ __forceinline__ float exp2_approximate(float x) {
 #ifdef FASTGPT_EMULATE

@@ -12,7 +12,8 @@
 // launched depends on shapes alone.
 //
 // FlashAttention-3 and FlashMLA compute the like in a launch before; here each block sums the lengths up: a
-// read of each, and a barrier, where a launch takes some 2 us. Held by tests/test_decode_cuda.py.
+// read of each 128th, and a barrier, where a launch takes some 2 us (of thousands of sequences it may take as
+// long). Held by tests/test_decode_cuda.py.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,8 @@ struct Ranges {
   int64_t units, count;
 
   // As many as there may be; or, unless that gives a block more than a tile beyond the mean, rounded up, as
-  // many fewer as cut equal lengths least: the same number for each sequence, or of sequences in each.
+  // many fewer as cut equal lengths least: the same number for each sequence, or of sequences in each. batch
+  // and most are 1 or more.
   FASTGPT_HD Ranges(int64_t units, int64_t batch, int64_t most) : units(units), count(least(most, units)) {
     int64_t whole = batch <= most ? most / batch * batch : divide_up(batch, divide_up(batch, most));
     int64_t tiles = batch <= most ? units - batch : units;

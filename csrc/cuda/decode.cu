@@ -921,7 +921,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
     parts = row[2];
     if (parts == 1) return;
   }
-  // Of a part; lse and out are in the same order there.
+  // Of a part: lse is (slot, head, query), out (slot, query, head).
   auto slot_of = [&](int part) { return part == 0 ? first_slot : slot + part; };
   auto lse_of = [&](int part) { return p.part_lse[(slot_of(part) * p.nheads + head) * p.seqlen_q + query]; };
   float most = -kInfinity, sum = 0.0f;
@@ -1013,6 +1013,8 @@ int64_t decode_parts(const DeviceDecode& p, int64_t num_splits, int64_t multipro
 
 std::vector<RangePart> decode_ranges(const std::vector<int64_t>& tiles, int64_t parts) {
   int64_t batch = static_cast<int64_t>(tiles.size()), units = batch;
+  if (parts < 1) throw std::invalid_argument("parts: got " + std::to_string(parts) + ", expected 1 or more");
+  if (batch == 0) return {};
   for (int64_t n : tiles) units += n;
   const Ranges ranges(units, batch, parts);
   std::vector<RangePart> found;

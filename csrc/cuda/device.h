@@ -72,7 +72,6 @@ inline void flag_wait(const int* flag, int value, FASTGPT_WHERE("flag_wait")) {
 }
 #else
 __device__ __forceinline__ void flag_set(int* flag, int value) {
-  __threadfence();  // of what other threads of the block have done, too
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 __device__ __forceinline__ void flag_wait(const int* flag, int value) {

@@ -19,8 +19,9 @@
 // (fences but the proxy's do nothing); blocks at the same time, and blocks that wait for a later one; fewer
 // registers than setmaxnreg or __launch_bounds__ leave, and whether its sums add up; wgmma_fence and whether
 // the compiler leaves accumulators alone (wgmma_done); wgmma's descriptors and the engine's tensor maps
-// beyond what these kernels set in them; the rounding of ex2.approx, rsqrtf, mma and wgmma, which sum in an
-// order of their own; visibility of copies to global memory (tma_wait_read says nothing of it); time.
+// beyond what these kernels set in them; the rounding of ex2.approx, rsqrtf, mma, wgmma and red, which sum in
+// an order of their own or flush subnormals; visibility of copies to global memory (tma_wait_read says
+// nothing of it); time.
 #pragma once
 
 #include <cstddef>

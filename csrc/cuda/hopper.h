@@ -334,6 +334,11 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leadin
          uint64_t{1} << 62;
 }
 
+// The same operand's, so many bytes on: addresses in shared memory do not carry out of their field.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
+
 // Products of a warpgroup, asynchronous: after wgmma_fence, which is needed wherever the program has written
 // accumulators or factors in registers, those up to wgmma_commit are a group, and wgmma_wait<n> waits for all
 // groups but the last n. Between, the operands and accumulators belong to them. By their operands:

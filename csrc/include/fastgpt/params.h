@@ -67,22 +67,28 @@ struct AttentionParams : Dropout {
   const float* sink = nullptr;  // (nheads): a logit that joins the denominator only
   Bias bias;
 
-  // The rows of sequence b: its first ones, and how many.
-  FASTGPT_HD int64_t first_query_row(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b] : 0; }
+  // The rows of sequence b: its first ones, and how many. On a GPU nobody has checked the lengths: none leads
+  // beyond a tensor's rows.
+  FASTGPT_HD int64_t first_query_row(int64_t b) const {
+    return cu_seqlens_q ? within(cu_seqlens_q[b], seqlen_q) : 0;
+  }
   FASTGPT_HD int64_t queries(int64_t b) const {
-    return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : seqlen_q;
+    return cu_seqlens_q ? within(cu_seqlens_q[b + 1], seqlen_q) - first_query_row(b) : seqlen_q;
   }
   FASTGPT_HD int64_t first_key_row(int64_t b) const {
-    return (cu_seqlens_k ? cu_seqlens_k[b] : 0) + (leftpad_k ? leftpad_k[b] : 0);
+    return (cu_seqlens_k ? within(cu_seqlens_k[b], seqlen_k) : 0) + (leftpad_k ? leftpad_k[b] : 0);
   }
   // Rows of k that sequence b has, of which it uses some.
   FASTGPT_HD int64_t key_rows(int64_t b) const {
-    return cu_seqlens_k ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : seqlen_k;
+    return cu_seqlens_k ? within(cu_seqlens_k[b + 1], seqlen_k) - within(cu_seqlens_k[b], seqlen_k)
+                        : seqlen_k;
   }
   FASTGPT_HD int64_t keys(int64_t b) const {
-    int64_t n = (seqused_k ? seqused_k[b] : key_rows(b)) - (leftpad_k ? leftpad_k[b] : 0);
+    int64_t n =
+        (seqused_k ? within(seqused_k[b], key_rows(b)) : key_rows(b)) - (leftpad_k ? leftpad_k[b] : 0);
     return n < 0 ? 0 : n;
   }
+  FASTGPT_HD static int64_t within(int64_t n, int64_t most) { return n < 0 ? 0 : n > most ? most : n; }
   // Where the rows of (b, h) start in lse.
   FASTGPT_HD int64_t lse_row(int64_t b, int64_t h) const {
     return cu_seqlens_q ? h * seqlen_q + cu_seqlens_q[b] : (b * nheads + h) * seqlen_q;
