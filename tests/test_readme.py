@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -21,7 +22,6 @@ def _code(heading: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         n_embd=64, n_head=4, n_layer=2, n_positions=64, vocab_size=99, bos_token_id=1, eos_token_id=2
     )

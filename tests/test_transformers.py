@@ -502,3 +502,18 @@ def test_a_norm_that_computes_something_else_is_left(ids, capsys):
     fastgpt.patch(model)
     assert f"{NORMS - 1} norms, left as they are: OtherRMSNorm" in capsys.readouterr().out
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_patching_draws_no_random_numbers(any_model):
+    before = torch.get_rng_state()
+    fastgpt.patch(any_model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranges_of_keys_are_where_the_model_is():
+    from transformers.masking_utils import bidirectional_mask_function
+
+    ranges = integration.attention_mask(
+        batch_size=2, q_length=5, kv_length=5, mask_function=bidirectional_mask_function, device="meta"
+    )
+    assert ranges.device.type == "meta" and ranges.shape == (2, 1, 1, 2)

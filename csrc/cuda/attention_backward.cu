@@ -407,8 +407,6 @@ struct Computer {
     while (true) {
       auto &q = s.q[stage], &dout = s.dout[stage];
       auto& ds = s.ds[step % 2];
-      forget(warp);
-      forget(lane);
       issue_scores(dp, s.v, dout);
       wgmma_wait<1>();
       wgmma_done(scores);
@@ -417,9 +415,7 @@ struct Computer {
       issue_sum(dv, factors, dout);
       wgmma_wait<1>();
       wgmma_done(dp);
-      forget(lane);
       differentiate(scores, dp);
-      forget(lane);
       uint32_t ds_factors[M / 16][4];
       round_factors<T, M>(ds_factors, scores);
       write_tiles<T, M>(ds.tiles, 64 * group + 16 * warp, lane, ds_factors);

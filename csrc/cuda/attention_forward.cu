@@ -378,8 +378,6 @@ struct Computer {
   __device__ __forceinline__ void run() {
     if (group == kWarpgroups - 1) named_barrier_arrive(kTurn, 256);  // the first turn is the first one's
     for (int tile = static_cast<int>(blockIdx.x); tile < p.tiles; tile += static_cast<int>(gridDim.x)) {
-      forget(warp);  // else what depends on them is kept for all tiles, in registers that are not there
-      forget(lane);
       Work w = work<D>(p, tile);
 #pragma unroll
       for (int i = 0; i < D / 2; i++) o[i] = 0.0f;

@@ -81,13 +81,6 @@ __device__ __forceinline__ void flag_wait(const int* flag, int value) {
 }
 #endif
 
-// The compiler computes anew what depends on x, which is as it was.
-__device__ __forceinline__ void forget([[maybe_unused]] int& x) {
-#ifndef FASTGPT_EMULATE
-  asm volatile("" : "+r"(x));
-#endif
-}
-
 // Storage types: fp32 is float.
 struct f16 {
   uint16_t bits;

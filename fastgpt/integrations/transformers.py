@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -119,18 +118,22 @@ def _pattern(mask_function: Callable[..., Any]) -> str | None:
         return "causal"
     if mask_function is masking_utils.bidirectional_mask_function:
         return "bidirectional"
-    of_window = masking_utils.sliding_window_causal_mask_function(1)
-    if mask_function.__code__ is of_window.__code__:  # and_masks(...): of which functions?
-        parts, windows = (
-            inspect.getclosurevars(f).nonlocals["mask_functions"] for f in (mask_function, of_window)
-        )
-        if [part.__code__ for part in parts] == [part.__code__ for part in windows]:
-            return "window"
-    return None
+    of_window: Any = masking_utils.sliding_window_causal_mask_function(1)
+    if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not of_window.__code__:
+        return None
+    # Both are and_masks(...): of which functions?
+    both: Any = (mask_function, of_window)
+    parts, windows = (f.__closure__[0].cell_contents for f in both)
+    same = [getattr(part, "__code__", None) for part in parts] == [part.__code__ for part in windows]
+    return "window" if same else None
 
 
 def _key_ranges(
-    pattern: str, q_length: int, kv_length: int, end: int | Tensor, tokens: Tensor | None, batch_size: int
+    pattern: str,
+    end: int | Tensor,
+    tokens: Tensor | None,
+    batch_size: int,
+    device: torch.device | str,
 ) -> Tensor | None:
     """(batch, 1, 1, 2), int32: which keys are a sequence's, the first one and one past the last; None if they
     are no such range, or unknown while a graph is traced.
@@ -140,9 +143,8 @@ def _key_ranges(
         tokens: (batch, kv_length), bool: which keys are no padding; None for all.
     """
     if tokens is None:
-        device = end.device if isinstance(end, Tensor) else None
         first = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        last = torch.full_like(first, end) if isinstance(end, int) else end.to(torch.int32).expand(batch_size)
+        last = torch.full_like(first, end) if isinstance(end, int) else end.to(first).expand(batch_size)
         return torch.stack((first, last), -1)[:, None, None]
     if torch.compiler.is_compiling():
         return None
@@ -174,6 +176,7 @@ def attention_mask(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
     """A mask function of transformers' ``AttentionMaskInterface``.
@@ -196,7 +199,7 @@ def attention_mask(
             tokens = None
         if tokens is None and whole and (pattern != "bidirectional" or allow_is_bidirectional_skip):
             return None
-        ranges = _key_ranges(pattern, q_length, kv_length, end, tokens, batch_size)
+        ranges = _key_ranges(pattern, end, tokens, batch_size, device)
         if ranges is not None:
             return ranges
     return sdpa_mask(
@@ -209,6 +212,7 @@ def attention_mask(
         attention_mask=attention_mask,
         local_size=local_size,
         allow_is_causal_skip=False,
+        device=device,
         **kwargs,
     )
 
@@ -248,7 +252,8 @@ def _norm_of(module: nn.Module) -> Norm | None:
         return None
     if weight.is_meta or not weight.dtype.is_floating_point:
         return None
-    x = torch.randn(4, weight.shape[0], device=weight.device).to(weight.dtype)
+    # Not random numbers, which the user would miss.
+    x = torch.arange(4.0 * len(weight), device=weight.device).sin().view(4, -1).to(weight.dtype)
     expected, tolerance = module(x), 4 * torch.finfo(weight.dtype).eps
     for one_more in (False, True):
         got = nn.functional.rms_norm(x.float(), weight.shape, weight.float() + float(one_more), eps)

@@ -46,7 +46,7 @@ def unit_rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or not isinstance(t, Tensor) or t.stride(-1) == 1 else t.contiguous()
 
 
-def _unpacked(packed: Tensor, name: str, parts: int) -> tuple[Tensor, ...]:
+def _unpacked(packed: Tensor, name: str, parts: int) -> Any:
     """The parts of (..., parts, nheads, headdim)."""
     if not isinstance(packed, Tensor) or packed.dim() < 4 or packed.shape[-3] != parts:
         got = tuple(packed.shape) if isinstance(packed, Tensor) else type(packed).__name__
@@ -165,18 +165,17 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_func` of qkv (batch, seqlen, 3, nheads, headdim), read where it is."""
-    q, k, v = _unpacked(qkv, "qkv", 3)
-    return _attend(
-        (q, k, v),
-        None,
+    options: Any = (
         dropout_p,
         softmax_scale,
         causal,
         window_size,
         softcap,
         alibi_slopes,
+        deterministic,
         return_attn_probs,
     )
+    return flash_attn_func(*_unpacked(qkv, "qkv", 3), *options)
 
 
 def flash_attn_kvpacked_func(
@@ -192,18 +191,17 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_func` of q and kv (batch, seqlen_k, 2, nheads_k, headdim), read where it is."""
-    k, v = _unpacked(kv, "kv", 2)
-    return _attend(
-        (q, k, v),
-        None,
+    options: Any = (
         dropout_p,
         softmax_scale,
         causal,
         window_size,
         softcap,
         alibi_slopes,
+        deterministic,
         return_attn_probs,
     )
+    return flash_attn_func(q, *_unpacked(kv, "kv", 2), *options)
 
 
 def ragged_with_kvcache(
@@ -296,18 +294,18 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` of qkv (total, 3, nheads, headdim), read where it is."""
-    q, k, v = _unpacked(qkv, "qkv", 3)
-    return _attend(
-        (q, k, v),
-        (cu_seqlens, cu_seqlens),
+    options: Any = (
         dropout_p,
         softmax_scale,
         causal,
         window_size,
         softcap,
         alibi_slopes,
+        deterministic,
         return_attn_probs,
     )
+    edges: Any = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(*_unpacked(qkv, "qkv", 3), *edges, *options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -327,18 +325,18 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` of q and kv (total_k, 2, nheads_k, headdim), read where it is."""
-    k, v = _unpacked(kv, "kv", 2)
-    return _attend(
-        (q, k, v),
-        (cu_seqlens_q, cu_seqlens_k),
+    options: Any = (
         dropout_p,
         softmax_scale,
         causal,
         window_size,
         softcap,
         alibi_slopes,
+        deterministic,
         return_attn_probs,
     )
+    edges: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return flash_attn_varlen_func(q, *_unpacked(kv, "kv", 2), *edges, *options)
 
 
 def flash_attn_with_kvcache(
