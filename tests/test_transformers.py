@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 import fastgpt
 from fastgpt import demo
-from fastgpt.integrations import transformers as integration
+from fastgpt.integrations.transformers import attention, norms
 
 NAMES = ["gpt2", "llama", "llama-gqa-tied", "llama3-biases"]
 LAYERS = 3
@@ -47,7 +47,8 @@ def calls(monkeypatch):
         return record
 
     for name in recorded:
-        monkeypatch.setattr(integration, name, recording(name, getattr(integration, name)))
+        place = attention if name == "attention" else norms
+        monkeypatch.setattr(place, name, recording(name, getattr(place, name)))
     return recorded
 
 
@@ -300,17 +301,18 @@ def test_the_demo_times_as_many_tokens_by_all_three(ids, monkeypatch):
 
 
 def test_the_summary_is_printed(hf, capsys):
-    fastgpt.patch(hf)
-    assert capsys.readouterr().out == (
-        f"fastgpt: patched {type(hf).__name__}: {LAYERS} attentions, {NORMS} norms\n"
-    )
-    fastgpt.unpatch(hf)
-    fastgpt.patch(hf, attention=False)
-    assert hf.config._attn_implementation == "sdpa"
-    assert capsys.readouterr().out == f"fastgpt: patched {type(hf).__name__}: {NORMS} norms\n"
-    fastgpt.unpatch(hf)
-    fastgpt.patch(hf, norm=False)
-    assert capsys.readouterr().out == f"fastgpt: patched {type(hf).__name__}: {LAYERS} attentions\n"
+    fused = f" ({LAYERS} of them with the residual's addition)" if hf.config.model_type == "gpt2" else ""
+    said = {
+        "attention": f"{LAYERS} attentions",
+        "norm": f"{NORMS} norms{fused}",
+        "cache": "a cache that appends in place",
+    }
+    for left in (None, *said):
+        fastgpt.patch(hf, **({left: False} if left else {}))
+        assert (hf.config._attn_implementation == "fastgpt") == (left != "attention")
+        expected = ", ".join(text for name, text in said.items() if name != left)
+        assert capsys.readouterr().out == f"fastgpt: patched {type(hf).__name__}: {expected}\n"
+        fastgpt.unpatch(hf)
 
 
 def test_the_model_without_its_head(ids):
@@ -482,7 +484,9 @@ def test_which_norms_are_swapped(any_model, capsys):
     name = any_model.config.model_type
     norms, left = next(v[1:] for v in ARCHITECTURES.values() if v[0].model_type == name)
     fastgpt.patch(any_model)
-    said = f"3 attentions, {norms} norms" + (f", left as they are: {left}" if left else "")
+    fused = " (3 of them with the residual's addition)" if name == "gpt2" else ""
+    said = f"3 attentions, {norms} norms{fused}" + (f", left as they are: {left}" if left else "")
+    said += ", a cache that appends in place"
     assert capsys.readouterr().out == f"fastgpt: patched {type(any_model).__name__}: {said}\n"
 
 
@@ -513,7 +517,7 @@ def test_patching_draws_no_random_numbers(any_model):
 def test_ranges_of_keys_are_where_the_model_is():
     from transformers.masking_utils import bidirectional_mask_function
 
-    ranges = integration.attention_mask(
+    ranges = attention.attention_mask(
         batch_size=2, q_length=5, kv_length=5, mask_function=bidirectional_mask_function, device="meta"
     )
     assert ranges.device.type == "meta" and ranges.shape == (2, 1, 1, 2)

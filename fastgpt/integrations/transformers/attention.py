@@ -1,51 +1,24 @@
-"""fastgpt's attention and norms inside a loaded transformers model, and back again.
+"""Attention for transformers' ``AttentionInterface``, and what stands there for its masks.
 
-    model = fastgpt.patch(AutoModelForCausalLM.from_pretrained("gpt2"))
-    ...
-    fastgpt.unpatch(model)
-
-The attention goes through the interface that transformers has for it: a name in its registries of
-attention and mask functions, which the model's config then asks for. The norms get a ``forward`` of their
-own on the instance. Nothing else changes: no class, no weight, no module, no global but those names.
+Padding and caches that are longer than what they hold become ranges of keys, windows stay windows: only what
+is neither becomes a dense mask.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt import dispatch
 from fastgpt.ops.attention.api import attention
-from fastgpt.ops.norm.api import layer_norm, rms_norm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    Model = TypeVar("Model", bound=PreTrainedModel)
 
 NAME = "fastgpt"
-RECORD = "_fastgpt_patch"
 # What some architectures pass to an attention function and this one does not compute.
 REFUSED = ("position_bias", "cache")
-
-
-@dataclasses.dataclass
-class Patch:
-    """What :func:`patch` has changed in a model, for :func:`unpatch`."""
-
-    attn_implementation: str | None
-    backend: str | None
-    norms: list[tuple[nn.Module, Any]]  # each with the `forward` of its instance, None if it had none
-    hook: torch.utils.hooks.RemovableHandle | None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        register(self.backend)  # a model that is unpickled may be the first in its process
 
 
 def attention_forward(
@@ -217,59 +190,6 @@ def attention_mask(
     )
 
 
-class Norm(NamedTuple):
-    """What a module computes, in fastgpt's terms."""
-
-    fused: Callable[..., Any]
-    eps: float
-    one_more: bool  # the weight is 1 more than the parameter (Gemma)
-
-
-def _norm_forward(
-    module: nn.Module, original: Callable[[Tensor], Tensor], norm: Norm, backend: str | None, x: Tensor
-) -> Tensor:
-    weight: Any = module.weight
-    bias: Any = getattr(module, "bias", None)
-    # Mixed precision has rules of its own about the output's dtype.
-    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return original(x)
-    if norm.one_more:
-        weight = 1.0 + weight.float()
-    return norm.fused(x, weight, bias, norm.eps, backend=backend)
-
-
-@torch.no_grad()
-def _norm_of(module: nn.Module) -> Norm | None:
-    """What a norm computes, if fastgpt has it: by its class, or, of transformers' many RMS norms, by what it
-    makes of a few rows."""
-    weight: Any = getattr(module, "weight", None)
-    if type(module) is nn.LayerNorm:
-        known = len(module.normalized_shape) == 1 and weight is not None
-        return Norm(layer_norm, module.eps, False) if known else None
-    eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    is_rms = "RMSNorm" in type(module).__name__ and isinstance(eps, float) and not list(module.children())
-    if not is_rms or [name for name, _ in module.named_parameters()] != ["weight"] or weight.dim() != 1:
-        return None
-    if weight.is_meta or not weight.dtype.is_floating_point:
-        return None
-    # Not random numbers, which the user would miss.
-    x = torch.arange(4.0 * len(weight), device=weight.device).sin().view(4, -1).to(weight.dtype)
-    expected, tolerance = module(x), 4 * torch.finfo(weight.dtype).eps
-    for one_more in (False, True):
-        got = nn.functional.rms_norm(x.float(), weight.shape, weight.float() + float(one_more), eps)
-        if torch.allclose(expected.float(), got, rtol=tolerance, atol=tolerance):
-            return Norm(rms_norm, eps, one_more)
-    return None
-
-
-def _refuse_output_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            "output_attentions: got True, expected False in a patched model: fastgpt's attention never "
-            "stores the weights; call fastgpt.unpatch(model) and load it with attn_implementation='eager'"
-        )
-
-
 def register(backend: str | None = None) -> str:
     """Makes "fastgpt" an ``attn_implementation`` of transformers, for this process.
 
@@ -290,91 +210,3 @@ def register(backend: str | None = None) -> str:
     AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
     AttentionMaskInterface.register(name, attention_mask)
     return name
-
-
-def patch(model: Model, *, attention: bool = True, norm: bool = True, backend: str | None = None) -> Model:
-    """Swaps attention and norms of a loaded transformers model for fastgpt's, in place, and prints which.
-
-    Attention is that of every architecture that lets transformers choose it: masks, windows, softcap and
-    sinks included. Norms are nn.LayerNorm and RMS norms, known by what they compute. Calls that fastgpt's
-    kernels do not have run on torch's or the reference backend, as :func:`fastgpt.attention` chooses. In
-    bfloat16 and float16 a Llama norm is rounded once where transformers rounds it twice.
-
-    Args:
-        model: on any device, of any dtype, with any head.
-        attention, norm: what is swapped.
-        backend: of all of them; default ``FASTGPT_BACKEND``, else ``auto``.
-
-    Returns:
-        model itself.
-
-    Raises:
-        TypeError: the model is none of transformers', or its attention is its own (``attention=False`` takes
-            it).
-        ValueError: the model is patched already, shares its config with a patched one, or its config asks
-            for ``output_attentions``.
-    """
-    from transformers import PreTrainedModel
-
-    kind = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: got {kind}, expected a transformers model (PreTrainedModel)")
-    if attention and not model._supports_attention_backend:
-        raise TypeError(
-            f"model: got {kind}, whose attention transformers does not let others compute; "
-            "attention=False patches its norms"
-        )
-    dispatch.requested(backend)  # refuses a name that is not a backend
-    previous = model.config._attn_implementation
-    if hasattr(model, RECORD):
-        raise ValueError(f"model: got a {kind} that is patched, expected one that is not")
-    if previous is not None and previous.startswith(NAME):
-        raise ValueError("model: its config asks for fastgpt already; does it share it with a patched model?")
-    if attention and model.config.output_attentions:
-        raise ValueError(
-            "model: got output_attentions=True in its config, fastgpt's attention stores no weights"
-        )
-
-    norms: list[tuple[nn.Module, Any]] = []
-    left: set[str] = set()
-    for module in model.modules() if norm else ():
-        what = _norm_of(module)
-        if what is not None:
-            norms.append((module, vars(module).get("forward")))
-            # A partial and not a closure: it follows the module through copy.deepcopy and pickle.
-            module.forward = functools.partial(_norm_forward, module, module.forward, what, backend)
-        elif "Norm" in type(module).__name__:
-            left.add(type(module).__name__)
-    said = [f"{len(norms)} norms"] if norm else []
-    if left:
-        said.append(f"left as they are: {', '.join(sorted(left))}")
-    if attention:
-        hook = model.register_forward_pre_hook(_refuse_output_attentions, with_kwargs=True)
-        setattr(model, RECORD, Patch(previous, backend, norms, hook))
-        model.config._attn_implementation = register(backend)
-        said.insert(0, f"{sum('is_causal' in vars(module) for module in model.modules())} attentions")
-    else:
-        setattr(model, RECORD, Patch(previous, backend, norms, None))
-    print(f"fastgpt: patched {kind}: {', '.join(said)}")
-    return model
-
-
-def unpatch(model: Model) -> Model:
-    """Undoes :func:`patch` exactly, and returns the model.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    record: Patch | None = vars(model).get(RECORD)
-    if record is None:
-        raise ValueError(f"model: got a {type(model).__name__} that is not patched, expected one that is")
-    model.config._attn_implementation = record.attn_implementation
-    for norm, forward in record.norms:
-        if forward is None:
-            del norm.forward
-        else:
-            norm.forward = forward
-    if record.hook is not None:
-        record.hook.remove()
-    delattr(model, RECORD)
-    return model

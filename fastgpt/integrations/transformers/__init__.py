@@ -1,0 +1,180 @@
+"""fastgpt's attention, norms and cache inside a loaded transformers model, and back again.
+
+    model = fastgpt.patch(AutoModelForCausalLM.from_pretrained("gpt2"))
+    ...
+    fastgpt.unpatch(model)
+
+The attention goes through the interface that transformers has for it: a name in its registries of
+attention and mask functions (``attention.py``), which the model's config then asks for. The norms get a
+``forward`` of their own on the instance (``norms.py``). A DynamicCache that the model is given gets layers
+that append in place (``cache.py``). Nothing else changes: no class, no weight, no module, no global but
+those names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastgpt import dispatch
+from fastgpt.integrations.transformers.attention import NAME, attention_forward, attention_mask, register
+from fastgpt.integrations.transformers.norms import gpt2_block_forward, is_gpt2_block, norm_forward, norm_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    Model = TypeVar("Model", bound=PreTrainedModel)
+
+__all__ = ["attention_forward", "attention_mask", "patch", "register", "unpatch"]
+
+RECORD = "_fastgpt_patch"
+
+
+@dataclasses.dataclass
+class Patch:
+    """What :func:`patch` has changed in a model, for :func:`unpatch`."""
+
+    attn_implementation: str | None
+    backend: str | None
+    forwards: list[tuple[nn.Module, Any]]  # each with the `forward` of its instance, None if it had none
+    hooks: list[torch.utils.hooks.RemovableHandle]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        register(self.backend)  # a model that is unpickled may be the first in its process
+
+
+def _refuse_output_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions: got True, expected False in a patched model: fastgpt's attention never "
+            "stores the weights; call fastgpt.unpatch(model) and load it with attn_implementation='eager'"
+        )
+
+
+def _append_in_place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if cache is not None and not torch.compiler.is_compiling():
+        from fastgpt.integrations.transformers.cache import append_in_place
+
+        append_in_place(cache)
+
+
+def _set_forward(record: Patch, module: nn.Module, forward: Any, *args: Any) -> None:
+    """``module.forward`` becomes ``forward(module, what it was, *args, ...)``."""
+    record.forwards.append((module, vars(module).get("forward")))
+    # A partial and not a closure: it follows the module through copy.deepcopy and pickle.
+    module.forward = functools.partial(forward, module, module.forward, *args)
+
+
+def patch(
+    model: Model,
+    *,
+    attention: bool = True,
+    norm: bool = True,
+    cache: bool = True,
+    backend: str | None = None,
+) -> Model:
+    """Swaps attention, norms and cache of a loaded transformers model for fastgpt's, and prints which.
+
+    Attention is that of every architecture that lets transformers choose it: masks, windows, softcap and
+    sinks included. Norms are nn.LayerNorm and RMS norms, known by what they compute; GPT-2's blocks add the
+    residual in them. Calls that fastgpt's kernels do not have run on torch's or the reference backend, as
+    :func:`fastgpt.attention` chooses. In bfloat16 and float16 a Llama norm is rounded once where
+    transformers rounds it twice.
+
+    Args:
+        model: on any device, of any dtype, with any head.
+        attention, norm: what is swapped.
+        cache: a DynamicCache, generate()'s default, that the model is called with appends in place from then
+            on, where transformers copies all of it at every token. What ``crop`` cuts off is overwritten by
+            the next token, in tensors taken from the cache before, too.
+        backend: of attention and norms; default ``FASTGPT_BACKEND``, else ``auto``.
+
+    Returns:
+        model itself.
+
+    Raises:
+        TypeError: the model is none of transformers', or its attention is its own (``attention=False`` takes
+            it).
+        ValueError: the model is patched already, shares its config with a patched one, or its config asks
+            for ``output_attentions``.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: got {kind}, expected a transformers model (PreTrainedModel)")
+    if attention and not model._supports_attention_backend:
+        raise TypeError(
+            f"model: got {kind}, whose attention transformers does not let others compute; "
+            "attention=False patches its norms"
+        )
+    dispatch.requested(backend)  # refuses a name that is not a backend
+    previous = model.config._attn_implementation
+    if hasattr(model, RECORD):
+        raise ValueError(f"model: got a {kind} that is patched, expected one that is not")
+    if previous is not None and previous.startswith(NAME):
+        raise ValueError("model: its config asks for fastgpt already; does it share it with a patched model?")
+    if attention and model.config.output_attentions:
+        raise ValueError(
+            "model: got output_attentions=True in its config, fastgpt's attention stores no weights"
+        )
+
+    record = Patch(previous, backend, [], [])
+    said = []
+    if attention:
+        record.hooks.append(model.register_forward_pre_hook(_refuse_output_attentions, with_kwargs=True))
+        model.config._attn_implementation = register(backend)
+        said.append(f"{sum('is_causal' in vars(module) for module in model.modules())} attentions")
+    if norm:
+        said += _patch_norms(model, record, backend)
+    if cache:
+        record.hooks.append(model.register_forward_pre_hook(_append_in_place, with_kwargs=True))
+        said.append("a cache that appends in place")
+    setattr(model, RECORD, record)
+    print(f"fastgpt: patched {kind}: {', '.join(said)}")
+    return model
+
+
+def _patch_norms(model: PreTrainedModel, record: Patch, backend: str | None) -> list[str]:
+    """Returns what to say about it."""
+    left: set[str] = set()
+    for module in model.modules():
+        if (what := norm_of(module)) is not None:
+            _set_forward(record, module, norm_forward, what, backend)
+        elif "Norm" in type(module).__name__:
+            left.add(type(module).__name__)
+    said = f"{len(record.forwards)} norms"
+    blocks = [module for module in model.modules() if is_gpt2_block(module)]
+    for block in blocks:
+        _set_forward(record, block, gpt2_block_forward)
+    if blocks:
+        said += f" ({len(blocks)} of them with the residual's addition)"
+    return [said, f"left as they are: {', '.join(sorted(left))}"] if left else [said]
+
+
+def unpatch(model: Model) -> Model:
+    """Undoes :func:`patch` exactly, and returns the model. Caches that it has been given go on appending in
+    place.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    record: Patch | None = vars(model).get(RECORD)
+    if record is None:
+        raise ValueError(f"model: got a {type(model).__name__} that is not patched, expected one that is")
+    model.config._attn_implementation = record.attn_implementation
+    for module, forward in record.forwards:
+        if forward is None:
+            del module.forward
+        else:
+            module.forward = forward
+    for hook in record.hooks:
+        hook.remove()
+    delattr(model, RECORD)
+    return model

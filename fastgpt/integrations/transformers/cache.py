@@ -1,0 +1,154 @@
+"""transformers' dynamic KV cache with room behind its keys and values.
+
+A ``DynamicCache`` makes a new tensor of all keys and one of all values at every token and layer
+(``torch.cat``). Here new ones are written behind the old, and the old are copied only when the room, half as
+much again as there was, is used up. What the layers hold and return is a view (batch, nheads_k, seqlen,
+headdim); all that can be done with them, cropping or choosing beams, is as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+
+LEAST_ROOM = 64  # tokens
+
+
+class Room:
+    """A tensor (batch, capacity, nheads_k, headdim) that a layer's keys, or its values, are a view of."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, 0, 0, 0)
+
+    def append(self, past: Tensor, new: Tensor) -> Tensor:
+        """``torch.cat((past, new), -2)`` for (batch, nheads_k, seqlen, headdim); past, if it is a view of the
+        buffer, is not copied."""
+        length = past.shape[2] if past.dim() == 4 else 0  # a layer begins with torch.tensor([])
+        if length and (past.dtype != new.dtype or past.device != new.device):
+            return torch.cat((past, new), -2)  # which promotes or refuses them
+        if length and past[:, :, :0].shape != new[:, :, :0].shape:
+            return torch.cat((past, new), -2)
+        total = length + new.shape[2]
+        start = self._start(past) if length else None
+        if start is None or start + total > self.buffer.shape[1]:
+            rows, start = self._fresh(new, new.shape[0], total), 0
+            if length:
+                rows[:, :, :length] = past
+        rows = self.buffer[:, start : start + total].transpose(1, 2)
+        rows[:, :, length:] = new
+        return rows
+
+    def select(self, past: Tensor, index: Tensor) -> Tensor:
+        """``past.index_select(0, index)``, with room behind it."""
+        rows = self._fresh(past, len(index), past.shape[2])
+        return torch.index_select(past, 0, index.to(past.device), out=rows)
+
+    def _fresh(self, like: Tensor, batch: int, length: int) -> Tensor:
+        """(batch, nheads_k, length, headdim), of a new buffer."""
+        capacity = length + max(length // 2, LEAST_ROOM)
+        self.buffer = like.new_empty(batch, capacity, like.shape[1], like.shape[3])
+        return self.buffer[:, :length].transpose(1, 2)
+
+    def _start(self, past: Tensor) -> int | None:
+        """The row of the buffer that past begins at; None if past is not its rows, or they are read-only."""
+        buffer = self.buffer
+        if past.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
+            return None
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            return None
+        start, rest = divmod(int(past.storage_offset()), buffer.stride(1))
+        rows = buffer[:, start : start + past.shape[2]].transpose(1, 2)
+        return start if rest == 0 and rows.shape == past.shape and rows.stride() == past.stride() else None
+
+
+def _traced(*tensors: Tensor) -> bool:
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return differentiable or torch.compiler.is_compiling()
+
+
+class InPlace:
+    """What both kinds of layers add to their parents, whose methods serve where a gradient will be asked for
+    or a graph is traced."""
+
+    room: tuple[Room, Room]
+    keys: Tensor
+    values: Tensor
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.keys is None or not self.keys.numel() or _traced(self.keys, self.values):
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
+        else:
+            self.keys = self.room[0].select(self.keys, beam_idx)
+            self.values = self.room[1].select(self.values, beam_idx)
+
+
+class InPlaceLayer(InPlace, DynamicLayer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = Room(), Room()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states, value_states
+        if _traced(self.keys, self.values, *new):
+            return super().update(*new, *args, **kwargs)
+        self.keys = self.room[0].append(self.keys, key_states)
+        self.values = self.room[1].append(self.values, value_states)
+        return self.keys, self.values
+
+
+class InPlaceSlidingWindowLayer(InPlace, DynamicSlidingWindowLayer):
+    """Of a layer with a window the last ``sliding_window − 1`` keys are held."""
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        self.room = Room(), Room()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states, value_states
+        # With record_past it holds more than the window, for assisted decoding.
+        if getattr(self, "record_past", False) or _traced(self.keys, self.values, *new):
+            return super().update(*new, *args, **kwargs)
+        keys, values = (
+            room.append(past, states)
+            for room, past, states in zip(self.room, (self.keys, self.values), new, strict=True)
+        )
+        self.cumulative_length += key_states.shape[2]
+        self.keys, self.values = (t[:, :, -self.sliding_window + 1 :] for t in (keys, values))
+        return keys, values
+
+
+IN_PLACE: dict[Any, Any] = {
+    DynamicLayer: InPlaceLayer,
+    DynamicSlidingWindowLayer: InPlaceSlidingWindowLayer,
+}
+
+
+def append_in_place(cache: Any) -> None:
+    """Makes the layers of a DynamicCache append in place, with what they hold. Other caches, among them those
+    that offload or quantise, stay as they are."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if type(cache) is not DynamicCache or cache.offloading:
+        return
+    replicated = cache.layer_class_to_replicate
+    cache.layer_class_to_replicate = IN_PLACE.get(replicated, replicated)
+    for i, layer in enumerate(cache.layers):
+        if (kind := IN_PLACE.get(type(layer))) is not None:
+            cache.layers[i] = kind.__new__(kind)
+            vars(cache.layers[i]).update(vars(layer), room=(Room(), Room()))

@@ -1,0 +1,113 @@
+"""The norms of a transformers model by fastgpt, on the modules that are there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.ops.norm.api import layer_norm, rms_norm
+
+
+class Norm(NamedTuple):
+    """What a module computes, in fastgpt's terms."""
+
+    fused: Callable[..., Any]
+    eps: float
+    one_more: bool  # the weight is 1 more than the parameter (Gemma)
+
+
+def norm_forward(
+    module: nn.Module,
+    original: Callable[[Tensor], Tensor],
+    norm: Norm,
+    backend: str | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+) -> Any:
+    """The norm of x; with a residual the norm of x + residual, and that sum."""
+    weight: Any = module.weight
+    bias: Any = getattr(module, "bias", None)
+    # Mixed precision has rules of its own about the output's dtype.
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        if residual is None:
+            return original(x)
+        x = x + residual
+        return original(x), x
+    if norm.one_more:
+        weight = 1.0 + weight.float()
+    return norm.fused(
+        x, weight, bias, norm.eps, residual=residual, prenorm=residual is not None, backend=backend
+    )
+
+
+@torch.no_grad()
+def norm_of(module: nn.Module) -> Norm | None:
+    """What a norm computes, if fastgpt has it: by its class, or, of transformers' many RMS norms, by what it
+    makes of a few rows."""
+    weight: Any = getattr(module, "weight", None)
+    if type(module) is nn.LayerNorm:
+        known = len(module.normalized_shape) == 1 and weight is not None
+        return Norm(layer_norm, module.eps, False) if known else None
+    eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    is_rms = "RMSNorm" in type(module).__name__ and isinstance(eps, float) and not list(module.children())
+    if not is_rms or [name for name, _ in module.named_parameters()] != ["weight"] or weight.dim() != 1:
+        return None
+    if weight.is_meta or not weight.dtype.is_floating_point:
+        return None
+    # Not random numbers, which the user would miss.
+    x = torch.arange(4.0 * len(weight), device=weight.device).sin().view(4, -1).to(weight.dtype)
+    expected, tolerance = module(x), 4 * torch.finfo(weight.dtype).eps
+    for one_more in (False, True):
+        got = nn.functional.rms_norm(x.float(), weight.shape, weight.float() + float(one_more), eps)
+        if torch.allclose(expected.float(), got, rtol=tolerance, atol=tolerance):
+            return Norm(rms_norm, eps, one_more)
+    return None
+
+
+def is_gpt2_block(module: nn.Module) -> bool:
+    """Whether :func:`gpt2_block_forward` can stand for the module's own ``forward``."""
+    if type(module).__name__ != "GPT2Block":
+        return False
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+    # Another transformers may have written it anew.
+    ours = list(inspect.signature(gpt2_block_forward).parameters)[2:]
+    return type(module) is GPT2Block and ours == list(inspect.signature(GPT2Block.forward).parameters)[1:]
+
+
+def gpt2_block_forward(
+    block: Any,
+    original: Callable[..., Tensor],
+    hidden_states: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    use_cache: bool | None = False,
+    **kwargs: Any,
+) -> Tensor:
+    """A block of GPT-2, whose second norm adds the attention's output to the residual as it reads them."""
+    hooked = block.ln_2._forward_hooks or block.ln_2._forward_pre_hooks  # that expect one tensor in and out
+    if encoder_hidden_states is not None or hooked:
+        return original(
+            hidden_states,
+            past_key_values,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    attended, _ = block.attn(
+        block.ln_1(hidden_states),
+        past_key_values=past_key_values,
+        attention_mask=attention_mask,
+        use_cache=use_cache,
+        **kwargs,
+    )
+    normed, residual = block.ln_2(attended, residual=hidden_states)
+    return residual + block.mlp(normed)
