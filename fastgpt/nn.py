@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt.ops.attention.api import attention
 from fastgpt.ops.norm.api import layer_norm, rms_norm
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def _check_one_axis(normalized_shape: tuple[int, ...]) -> None:
@@ -75,6 +77,42 @@ class FusedRMSNorm(nn.RMSNorm):
         wide = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(wide).eps if self.eps is None else self.eps
         return rms_norm(x, self.weight, None, eps, residual=residual, prenorm=prenorm)
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: FusedLayerNorm, nn.RMSNorm: FusedRMSNorm}
+
+
+def replace_norms(model: Module) -> Module:
+    """Puts :class:`FusedLayerNorm` and :class:`FusedRMSNorm` in the places of a model's ``nn.LayerNorm`` and
+    ``nn.RMSNorm``, in place.
+
+    The parameters, hooks and names stay, so that optimizers and state dicts go on serving. Left as they are:
+    norms over several axes, subclasses, and norms whose ``forward`` has been replaced on the instance.
+
+    Args:
+        model: any module; one that is a norm itself is not changed, but its successor returned.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    successors: dict[nn.Module, nn.Module] = {}  # a norm may stand in several places
+    for name, norm in list(model.named_modules(remove_duplicate=False)):
+        if type(norm) not in FUSED or "forward" in vars(norm) or len(norm.normalized_shape) != 1:
+            continue
+        if norm not in successors:
+            fused = FUSED[type(norm)]
+            successors[norm] = fused.__new__(fused)
+            vars(successors[norm]).update(vars(norm))
+        if not name:
+            return successors[norm]  # type: ignore[return-value]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, successors[norm])
+    return model
 
 
 class FusedCausalSelfAttention(nn.Module):

@@ -13,7 +13,7 @@ from backends import AVAILABLE, DTYPES, assert_parity, judge
 
 import fastgpt
 from fastgpt import dispatch
-from fastgpt.nn import FusedCausalSelfAttention, FusedLayerNorm, FusedRMSNorm
+from fastgpt.nn import FusedCausalSelfAttention, FusedLayerNorm, FusedRMSNorm, replace_norms
 from fastgpt.ops.attention.reference import philox_keep as attention_keep
 from fastgpt.ops.norm.reference import philox_keep
 from fastgpt.ops.norm.spec import FEATURES, NormCall
@@ -447,6 +447,69 @@ def test_norm_modules_take_one_axis():
     for module in (FusedLayerNorm, FusedRMSNorm):
         with pytest.raises(ValueError, match=r"normalized_shape: got \(4, 8\), expected one axis"):
             module((4, 8))
+
+
+class Norms(torch.nn.Module):
+    """Of every kind, one of them in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rms = torch.nn.LayerNorm(12), torch.nn.RMSNorm(12)
+        self.inner = torch.nn.Sequential(
+            torch.nn.Linear(12, 12), torch.nn.LayerNorm(12, bias=False), self.first
+        )
+        self.wide = torch.nn.LayerNorm((2, 12))
+        self.own = type("OwnNorm", (torch.nn.LayerNorm,), {})(12)
+        self.wrapped = torch.nn.LayerNorm(12)
+        self.wrapped.forward = torch.sin
+
+    def forward(self, x):
+        return self.wrapped(self.own(self.wide(self.inner(self.rms(self.first(x))))))
+
+
+def test_replace_norms():
+    model, x = Norms(), torch.randn(3, 2, 12)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    seen = []
+    model.rms.register_forward_hook(lambda *args: seen.append(args))
+    exact, plain = copy.deepcopy(model).double()(x.double()), model(x)
+    parameters, state = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
+    assert replace_norms(model.eval()) is model
+    kinds = {
+        name: type(module).__name__ for name, module in model.named_modules() if "Norm" in str(type(module))
+    }
+    assert kinds.pop("") == "Norms"
+    assert kinds == {
+        "first": "FusedLayerNorm",
+        "rms": "FusedRMSNorm",
+        "inner.1": "FusedLayerNorm",
+        "wide": "LayerNorm",
+        "own": "OwnNorm",
+        "wrapped": "LayerNorm",
+    }
+    assert model.inner[2] is model.first and not model.first.training
+    assert_parity("out", model(x), plain, exact)
+    assert len(seen) == 3
+    now = dict(model.named_parameters())
+    assert now.keys() == parameters.keys() and all(now[name] is parameters[name] for name in now)
+    before = model.first.weight.detach().clone()
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.first.weight, before)
+    model.load_state_dict(state)
+    Norms().load_state_dict(model.state_dict())
+    assert torch.equal(model.first.weight, before)
+
+
+def test_replace_norms_of_a_norm_itself():
+    norm = torch.nn.RMSNorm(12)
+    fused = replace_norms(norm)
+    assert type(norm) is torch.nn.RMSNorm and type(fused) is FusedRMSNorm and fused.weight is norm.weight
+    assert replace_norms(fused) is fused
+    with pytest.raises(TypeError, match=r"^model: got type, expected a torch.nn.Module"):
+        replace_norms(torch.nn.LayerNorm)
 
 
 @pytest.mark.parametrize("num_kv_heads,window", [(None, (-1, -1)), (2, (3, -1)), (1, (-1, -1))])
