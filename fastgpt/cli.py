@@ -305,7 +305,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     import torch
 
-    from fastgpt.bench import harness, machine, report, workloads
+    from fastgpt.bench import harness, machine, memory, report, workloads
 
     _check_output(args.json, "--json")
     _check_plot(args.plot)
@@ -315,7 +315,7 @@ def _bench(args: argparse.Namespace) -> int:
     backends = [args.backend] if args.backend else _kernels(args.device)
     budget = QUICK_BUDGET if args.budget is None else args.budget
     rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, args.budget is None, args.device)
-    facts = {**machine.describe(), "freed memory": machine.keep_freed_memory()}
+    facts = {**machine.describe(), "freed memory": memory.keep_freed_memory()}
     done = _begun(args, backends, facts)
     if done is None:
         seed = torch.seed()
@@ -331,7 +331,7 @@ def _bench(args: argparse.Namespace) -> int:
     rows.sort(key=lambda row: row.key in failed)  # last: what has ended a run may end this one
     for row in _progress(rows, len(rows)):
         try:
-            free_memory = machine.free_memory(args.device)
+            free_memory = memory.free_memory(args.device)
         except RuntimeError as error:
             _say(f"the GPU answers no more: --resume goes on in another process ({error})")
             break

@@ -7,10 +7,12 @@ import time
 
 import pytest
 import torch
+from backends import AVAILABLE
 
 import fastgpt
 from fastgpt.bench import baselines, harness, report, workloads
 from fastgpt.bench.harness import FEWEST_ROUNDS, FLOOR, Case, Row, Work
+from fastgpt.bench.memory import peak_memory
 
 
 class FakeClock:
@@ -300,6 +302,67 @@ def test_decode_verification_sees_a_read_behind_the_keys(monkeypatch):
     monkeypatch.setattr(fastgpt, "attention_with_kvcache", wrong)
     with pytest.raises(harness.ParityError, match="nan"):
         verify(workloads.Decode(1, 2, 1, 50, 16).case("cpu", torch.float32, "forward"), "cpu")
+
+
+SHAPE = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY = [
+    workloads.Patched("llama", "llama", SHAPE | {"num_key_value_heads": 2, "intermediate_size": 48}, 40),
+    workloads.Patched(
+        "GPT-2", "gpt2", SHAPE | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}, 40
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("direction", workloads.Patched.directions)
+@pytest.mark.parametrize("workload", TINY, ids=lambda workload: workload.name)
+def test_a_patched_model_is_verified_and_timed_beside_its_stock(workload, direction, dtype, saved, capsys):
+    (result,) = harness.run(
+        Row("model", workload, dtype, direction),
+        device="cpu",
+        backends=["cpu" if "cpu" in AVAILABLE else "reference"],
+        budget=0.01,
+        ceilings={},
+        free_memory=workload.memory(torch.float32),
+    )
+    assert result.status == "ok", result.reason
+    assert "fastgpt: patched" not in capsys.readouterr().out
+    expected = {"loss", "logits"} & {parity.tensor for parity in result.parity}
+    assert expected == {"loss" if direction == "train" else "logits"}
+    assert len(result.parity) > 8 if direction == "train" else len(result.parity) == 1
+    assert result.baseline == "transformers" and result.memory is not None
+    line = report.table(dataclasses.replace(saved, results=(result,))).splitlines()[-2]
+    assert f"memory: {result.memory / 2**20:.0f} MiB, baseline" in line
+
+
+@pytest.mark.parametrize("direction", workloads.Patched.directions)
+def test_patched_model_verification_sees_a_wrong_kernel(direction, monkeypatch):
+    from fastgpt.integrations.transformers import attention
+
+    right = attention.attention
+
+    def wrong(*tensors, **options):
+        return 1.01 * right(*tensors, **options)
+
+    monkeypatch.setattr(attention, "attention", wrong)
+    with pytest.raises(harness.ParityError):
+        verify(TINY[0].case("cpu", torch.float32, direction), "reference")
+
+
+def test_a_generation_is_repeated_from_the_same_cache():
+    run = TINY[0].case("cpu", torch.float32, "generate").baselines["transformers"]
+    assert torch.equal(run()[0], run()[0])
+
+
+def test_peak_memory():
+    size = 64 * 2**20
+
+    def run():
+        torch.ones(size // 4)
+        torch.ones(size // 8)
+
+    peak = peak_memory(run, "cpu")
+    assert peak is None or 0.9 * size < peak < 1.4 * size
 
 
 def test_names_are_unique():

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastgpt.bench.memory import peak_memory
 from fastgpt.dispatch import BackendUnsupported
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,6 +70,7 @@ class Case:
     oracle: Computation
     timed: dict[str, Callable[[], object]] = field(default_factory=dict)  # beside them, without numbers
     refused: dict[str, str] = field(default_factory=dict)  # torch's ways that do not work here, and why
+    memory: bool = False  # whether what a call takes at its most is of interest
 
 
 class Workload(Protocol):
@@ -121,6 +123,8 @@ class Result:
     unit: str | None = None
     ceiling: str | None = None
     share: float | None = None
+    memory: int | None = None
+    baseline_memory: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -331,6 +335,7 @@ def run(
         return [_result(row, backend, "skipped", reason=reason) for backend in backends]
     work = workload.work(dtype, row.direction)
     parity: dict[str, tuple[Parity, ...]] = {}
+    memory: dict[str, int | None] = {}
     ended: dict[str, Result] = {}
     try:
         with _own_stream(device):
@@ -345,6 +350,9 @@ def run(
                 except Exception as error:  # the other backends may still be measured
                     ended[backend] = _ended(row, backend, error)
             del right
+            if candidates and case.memory:
+                everyone = {**candidates, **case.baselines}
+                memory = {name: peak_memory(call, device) for name, call in everyone.items()}
             if candidates:
                 how, times = _measured({**candidates, **case.baselines, **case.timed}, work, device, budget)
     except Exception as error:  # out of memory, say: the other rows may still be measured
@@ -370,6 +378,8 @@ def run(
             unit=work.unit,
             ceiling=ceiling,
             share=rate / ceilings[ceiling] if ceiling else None,
+            memory=memory.get(_ours(backend)),
+            baseline_memory={name: memory[name] for name in memory if name not in candidates},
         )
 
     return [ended.get(backend) or timed(backend) for backend in backends]

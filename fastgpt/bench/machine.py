@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
 import importlib.metadata
 import os
 import platform
@@ -101,43 +99,6 @@ def describe() -> dict[str, str | int]:
             or "unknown"
         )
     return facts
-
-
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def keep_freed_memory() -> str:
-    """Has the C library keep freed memory for the next tensors, as an allocator made for large ones does.
-
-    By default glibc maps some outputs of more than a few MiB anew at every call, and the page faults, which
-    take longer than a norm over the same bytes, hit candidate and baseline at random.
-
-    Returns:
-        What became of it, for a report.
-    """
-    mmap_max, trim_threshold = -4, -1  # of malloc.h
-    libc = _glibc()
-    if libc and libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1):
-        return "kept for reuse (mallopt)"
-    return "up to the allocator"
-
-
-def free_memory(device: str) -> int:
-    """Bytes that can be allocated on ``device`` now."""
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
-    if libc := _glibc():
-        libc.malloc_trim(0)  # what keep_freed_memory has kept counts
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _last_level_cache(device: str) -> int:

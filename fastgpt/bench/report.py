@@ -16,7 +16,7 @@ The JSON, one schema for every benchmark (SI units: seconds, bytes, FLOP):
         bench           attention, decode, norm, model or launch
         workload        its name: b batch, h nheads[:nheads_k], s seqlen, k keys, d headdim, w window
         dtype           fp32, bf16 or fp16
-        direction       forward or backward; prefill or decode of a model; host, of a launch
+        direction       forward or backward; prefill, decode, generate or train of a model; host, of a launch
         backend         of fastgpt
         status          ok, skipped (cannot run here) or failed (wrong numbers, never timed; or an
                         error, such as too little memory)
@@ -35,6 +35,9 @@ The JSON, one schema for every benchmark (SI units: seconds, bytes, FLOP):
         unit            of work: FLOP, B, token or call
         ceiling         the key of ``ceilings`` that the rate is held to; null if none
         share           rate / that ceiling
+        memory          of models: bytes that a call of fastgpt takes at its most, beside what is there before
+                        it, weights among that; else null
+        baseline_memory the same for each way of torch's, by name
 """
 
 from __future__ import annotations
@@ -155,6 +158,13 @@ def _cells(result: Result, lead: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
+def _memory(result: Result) -> str:
+    theirs = result.baseline_memory.get(result.baseline or "")
+    if result.memory is None or theirs is None:
+        return ""
+    return f"  memory: {result.memory / 2**20:.0f} MiB, baseline {theirs / 2**20:.0f} MiB"
+
+
 def _beside(result: Result, report: Report) -> str:
     """The result's time next to that of the row's first backend, if it is another."""
     first = next((other for other in report.timed() if other.key == result.key), result)
@@ -193,7 +203,7 @@ def table(report: Report) -> str:
             if result.bench != bench:
                 continue
             note = "" if result.reason is None else f"  {result.status}: {' '.join(result.reason.split())}"
-            lines.append(line(cells) + note + _beside(result, report))
+            lines.append(line(cells) + note + _memory(result) + _beside(result, report))
         compared = dict.fromkeys(r.baseline for r in report.timed() if r.bench == bench and r.baseline)
         if compared:
             lines.append(f"baseline: {' | '.join(compared)}; ratio: baseline / fastgpt, medians")

@@ -6,6 +6,7 @@ to its table.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -19,6 +20,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt.bench import baselines
 from fastgpt.bench.harness import GRADIENT_FACTOR, OUTPUT_FACTOR, Case, Row, Work
+from fastgpt.dispatch import BackendUnsupported
 
 Tensors = tuple[Any, ...]  # of tensors; the declared result of fastgpt.attention is wider, for return_lse
 Function = Callable[..., Tensors]
@@ -378,6 +380,113 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Patched:
+    """A model of transformers with random weights, as it is and after :func:`fastgpt.patch`.
+
+    Prefill is a prompt of ``context`` tokens, up to its last one's logits. Generate is generate() of
+    NEW_TOKENS, greedy, with a cache of such a prompt. Train is the loss and the gradients of one sequence of
+    TRAINED tokens, without dropout and without the optimizer's step.
+    """
+
+    name: str
+    architecture: str  # transformers' model_type
+    shape: dict[str, Any]  # fields of its config
+    context: int = 1024
+
+    directions = ("prefill", "generate", "train")
+    NEW_TOKENS = 16
+    TRAINED = 512
+
+    def _model(self) -> Any:
+        try:
+            import transformers
+        except ImportError as error:
+            raise BackendUnsupported(
+                f'needs transformers: pip install "fastgpt-kernels[transformers]" ({error})'
+            ) from error
+        config = transformers.AutoConfig.for_model(self.architecture, **self.shape)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    def memory(self, dtype: torch.dtype) -> int:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in self._model().parameters())
+        return 4 * FP64 * parameters  # with gradients, and what is between them
+
+    def work(self, dtype: torch.dtype, direction: str) -> Work:
+        tokens = {"prefill": self.context, "generate": self.NEW_TOKENS, "train": self.TRAINED}[direction]
+        return Work(float(tokens), "token", None)
+
+    def case(self, device: str, dtype: torch.dtype, direction: str) -> Case:
+        stock = self._model().to(device, dtype)
+        vocab_size = stock.config.vocab_size
+        of = {"prefill": self._prefill, "generate": self._generate, "train": self._train}[direction]
+        ids = torch.randint(
+            vocab_size, (1, self.TRAINED if direction == "train" else self.context), device=device
+        )
+
+        def patched(backend: str) -> Any:
+            model = copy.deepcopy(stock, {id(p): p for p in stock.parameters()})  # on the same weights
+            with contextlib.redirect_stdout(None):
+                return fastgpt.patch(model, backend=backend)
+
+        return Case(
+            ("loss", *self._checked(stock)) if direction == "train" else ("logits",),
+            GRADIENT_FACTOR if direction == "train" else OUTPUT_FACTOR,
+            lambda backend: of(patched(backend), ids),
+            {"transformers": of(stock, ids)},
+            lambda: of(copy.deepcopy(stock).double(), ids)(),
+            memory=True,
+        )
+
+    def _prefill(self, model: Any, ids: Tensor) -> Callable[[], Tensors]:
+        @torch.no_grad()
+        def run() -> Tensors:
+            return (model(ids, logits_to_keep=1).logits,)
+
+        return run
+
+    def _generate(self, model: Any, ids: Tensor) -> Callable[[], Tensors]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        model.generation_config.eos_token_id = None  # as many tokens by all
+        mask = torch.ones_like(ids)
+
+        def run() -> Tensors:
+            cache.crop(ids.shape[1] - 1 - cache.get_seq_length())
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=self.NEW_TOKENS,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            return (out.logits[0],)  # the other tokens depend on it
+
+        return run
+
+    def _train(self, model: Any, ids: Tensor) -> Callable[[], Tensors]:
+        parameters = dict(model.named_parameters())
+
+        def run() -> Tensors:
+            loss = model(ids, labels=ids, use_cache=False).loss
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            named = dict(zip(parameters, gradients, strict=True))
+            return loss.detach(), *(named[name] for name in self._checked(model))
+
+        return run
+
+    @staticmethod
+    def _checked(model: Any) -> list[str]:
+        """The parameters whose gradients have come through all blocks."""
+        return [name for name, _ in model.named_parameters() if ".0." in name]
+
+
+@dataclass(frozen=True)
 class Launch:
     """The host's time for a call so small that the GPU has next to nothing to do."""
 
@@ -405,7 +514,7 @@ class Launch:
         return dataclasses.replace(case, timed={"an empty Triton launch": baselines.empty_launch()})
 
 
-TABLES: dict[str, tuple[Attention | Decode | Norm | Model, ...]] = {
+TABLES: dict[str, tuple[Attention | Decode | Norm | Model | Patched, ...]] = {
     "attention": (
         Attention(1, 12, 256, 64),
         Attention(1, 12, 16, 64),
@@ -443,6 +552,25 @@ TABLES: dict[str, tuple[Attention | Decode | Norm | Model, ...]] = {
             {"vocab_size": 4096, "hidden_size": 256, "num_layers": 4, "nheads": 4},
             batch=1,
             prompt=256,
+        ),
+        Patched(
+            "SmolLM2-135M",
+            "llama",
+            {
+                "vocab_size": 49152,
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "max_position_embeddings": 8192,
+                "tie_word_embeddings": True,
+            },
+        ),
+        Patched(
+            "GPT-2 124M",
+            "gpt2",
+            {"n_positions": 2048, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
         ),
         Model("GPT-2 124M b1 s512", {}, batch=1, prompt=512),
         Model("GPT-2 124M b8 s512", {}, batch=8, prompt=512),
@@ -495,7 +623,7 @@ DEFAULT_DTYPES = {
     "attention": ("fp32", "bf16", "fp16"),
     "decode": ("fp32", "bf16"),
     "norm": ("fp32", "bf16"),
-    "model": ("fp32",),
+    "model": ("fp32", "bf16"),
 }
 
 QUICK = {  # how many workloads of a table, from its head, a quick run takes
