@@ -430,7 +430,7 @@ class Patched:
                 return fastgpt.patch(model, backend=backend)
 
         return Case(
-            ("loss", *self._checked(stock)) if direction == "train" else ("logits",),
+            ("logits", "gradients") if direction == "train" else ("logits",),
             GRADIENT_FACTOR if direction == "train" else OUTPUT_FACTOR,
             lambda backend: of(patched(backend), ids),
             {"transformers": of(stock, ids)},
@@ -473,17 +473,13 @@ class Patched:
         parameters = dict(model.named_parameters())
 
         def run() -> Tensors:
-            loss = model(ids, labels=ids, use_cache=False).loss
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            named = dict(zip(parameters, gradients, strict=True))
-            return loss.detach(), *(named[name] for name in self._checked(model))
+            out = model(ids, labels=ids, use_cache=False)
+            gradients = torch.autograd.grad(out.loss, list(parameters.values()))
+            named = zip(parameters, gradients, strict=True)
+            through_all_blocks = [gradient.flatten() for name, gradient in named if ".0." in name]
+            return out.logits[:, -1].detach(), torch.cat(through_all_blocks)
 
         return run
-
-    @staticmethod
-    def _checked(model: Any) -> list[str]:
-        """The parameters whose gradients have come through all blocks."""
-        return [name for name, _ in model.named_parameters() if ".0." in name]
 
 
 @dataclass(frozen=True)
