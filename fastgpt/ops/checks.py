@@ -41,10 +41,15 @@ def own_precision(t: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a call has to pass through autograd; forward mode is refused there, not dropped."""
+    """Whether a call has to pass through autograd; forward mode is refused there, not dropped.
+
+    Under torch.func, too, whatever the tensors say: vmap hides that a gradient is asked for outside of it.
+    """
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
+        if _C._functorch.peek_interpreter_stack() is not None:
+            return True
         for t in tensors:  # any() of a generator takes several times as long
             if t is not None and t.requires_grad:
                 return True

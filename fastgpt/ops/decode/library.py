@@ -133,6 +133,14 @@ def run(
     return result
 
 
+def _refuse_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    raise RuntimeError(
+        "fastgpt.attention_with_kvcache appends to its caches in place, which torch.func.vmap cannot follow; "
+        "give it the samples as sequences of one batch"
+    )
+
+
 library.impl("attention_kvcache", _forward_inplace, "ADInplaceOrView")
 library.impl("attention_kvcache", _forward_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("fastgpt::attention_kvcache", _fake, lib=library)
+torch.library.register_vmap("fastgpt::attention_kvcache", _refuse_vmap, lib=library)
