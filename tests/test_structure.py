@@ -32,6 +32,7 @@ LAYERS = [
     ("fastgpt.nn", "fastgpt.kv_cache"),
     tuple(f"fastgpt.ops.{op}.api" for op in OPS),
     tuple(f"fastgpt.ops.{op}.library" for op in OPS),
+    ("fastgpt.ops.sharding",),
     ("fastgpt.dispatch",),
     ("fastgpt.proof",),
     tuple(f"fastgpt.ops.{op}.{name}" for op in OPS for name in IMPLEMENTATIONS),

@@ -145,13 +145,19 @@ def check_number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def check_dropout(dropout_p: float, rng_state: Tensor | None, device: torch.device) -> Tensor | None:
+def check_dropout(dropout_p: float, rng_state: Tensor | None, like: Tensor) -> Tensor | None:
     """Checks both; returns the state, drawn from torch's generator if none was given, None if p is 0."""
+    device = like.device
     check_number("dropout_p", dropout_p, 0, 1)
     check_optional("rng_state", rng_state, "(2)")
     if not dropout_p:
         return None
     if rng_state is None:
+        if hasattr(like, "device_mesh"):
+            raise ValueError(
+                "rng_state: got None with DTensors, expected a replicated DTensor, int64 (2): seed and "
+                "offset, of which each rank would draw its own"
+            )
         return torch.randint(2**31, (2,), device=device, dtype=torch.int64)
     if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64 or rng_state.device != device:
         raise ValueError(

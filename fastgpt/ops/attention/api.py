@@ -76,7 +76,7 @@ def _attend(
     if softcap != 0:
         checks.check_softcap(softcap)
     if type(dropout_p) is not float or dropout_p != 0 or tensors.rng_state is not None:
-        rng_state = checks.check_dropout(dropout_p, tensors.rng_state, q.device)
+        rng_state = checks.check_dropout(dropout_p, tensors.rng_state, q)
         tensors = tensors._replace(rng_state=rng_state)
     slopes = tensors.alibi_slopes
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops import vmap
+from fastgpt.ops import sharding, vmap
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
 from fastgpt.ops.checks import needs_autograd, own_precision
 
@@ -253,6 +253,7 @@ def run(
     if direct:
         return _forward(q, k, v, spec, tensors, backend)
     args = pack(spec, tensors, backend)
+    sharding.prepare()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.attention_fwd.default(q, k, v, *args)
     return _forward_autograd(q, k, v, *args)

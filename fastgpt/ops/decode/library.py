@@ -127,6 +127,11 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """attention_kvcache; ``direct``: past the dispatcher."""
     if not direct:
+        if hasattr(q, "device_mesh") or hasattr(k_cache, "device_mesh"):
+            raise TypeError(
+                "q, k_cache: got DTensors, expected torch.Tensors, such as what each rank has, .to_local(): "
+                "the caches are appended to in place"
+            )
         return torch.ops.fastgpt.attention_kvcache.default(q, k_cache, v_cache, *tensors, *spec, backend)
     result = _forward(q, k_cache, v_cache, spec, tensors, backend)
     _note_append(k_cache, v_cache, tensors.k)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops import vmap
+from fastgpt.ops import sharding, vmap
 from fastgpt.ops.checks import needs_autograd, own_precision
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -134,6 +134,7 @@ def run(direct: bool, *args: Any) -> tuple[Tensor, Tensor]:
     """merge_fwd; ``direct``: past the dispatcher."""
     if direct:
         return _forward(*args)
+    sharding.prepare()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.merge_fwd.default(*args)
     return _forward_autograd(*args)

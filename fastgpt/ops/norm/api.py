@@ -97,7 +97,7 @@ def _run(
     if not isinstance(prenorm, bool):
         raise TypeError(f"prenorm: got {prenorm!r}, expected True or False")
     if type(dropout_p) is not float or dropout_p != 0 or rng_state is not None:
-        rng_state = checks.check_dropout(dropout_p, rng_state, x.device)
+        rng_state = checks.check_dropout(dropout_p, rng_state, x)
     spec = NormSpec(rms, eps, float(dropout_p))
 
     inputs = (x, residual, weight, bias)

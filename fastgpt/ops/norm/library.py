@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops import vmap
+from fastgpt.ops import sharding, vmap
 from fastgpt.ops.checks import needs_autograd, own_precision
 from fastgpt.ops.norm.spec import NormSpec
 
@@ -241,6 +241,7 @@ def run(direct: bool, *args: Any) -> tuple[Tensor, Tensor | None]:
     if direct:
         out, residual_out, _, _ = _implementation_forward(*args)
         return out.contiguous(), None if residual_out is None else residual_out.contiguous()
+    sharding.prepare()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.norm_fwd.default(*args)[:2]
     return _forward_autograd(*args)[:2]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops import vmap
+from fastgpt.ops import sharding, vmap
 from fastgpt.ops.checks import needs_autograd
 from fastgpt.ops.rotary.spec import RotarySpec, RotaryTensors
 
@@ -98,6 +98,7 @@ def run(direct: bool, x: Tensor, spec: RotarySpec, tensors: RotaryTensors, backe
     if direct:
         return _forward(x, spec, tensors, backend)
     args = (x, *tensors, *spec, backend)
+    sharding.prepare()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.rotary.default(*args)
     return _forward_autograd(*args)
