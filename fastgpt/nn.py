@@ -16,13 +16,6 @@ def _check_one_axis(normalized_shape: tuple[int, ...]) -> None:
         raise ValueError(f"normalized_shape: got {normalized_shape}, expected one axis, the last")
 
 
-def _as_wide(x: Tensor, residual: Tensor | None) -> Tensor:
-    """Under autocast a projection's output is narrower than the residual stream: their sum is as wide."""
-    if residual is None or x.dtype == residual.dtype or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.promote_types(x.dtype, residual.dtype))
-
-
 class FusedLayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last axis, by :func:`fastgpt.layer_norm`.
 
@@ -50,7 +43,6 @@ class FusedLayerNorm(nn.LayerNorm):
         self, input: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of input + residual, (..., normalized_shape) each; with ``prenorm`` also that sum."""
-        input = _as_wide(input, residual)
         return layer_norm(input, self.weight, self.bias, self.eps, residual=residual, prenorm=prenorm)
 
 
@@ -80,7 +72,6 @@ class FusedRMSNorm(nn.RMSNorm):
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x + residual, (..., normalized_shape) each; with ``prenorm`` also that sum."""
-        x = _as_wide(x, residual)
         wide = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(wide).eps if self.eps is None else self.eps
         return rms_norm(x, self.weight, None, eps, residual=residual, prenorm=prenorm)

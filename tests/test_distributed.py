@@ -302,7 +302,6 @@ def norm_inputs() -> dict[str, torch.Tensor]:
 
 @check
 def norms_by_rows(mesh):
-    """One after the other: what a call of other booleans has left in DTensor's memory is not taken."""
     for dim in (0, 1):
         places = {"x": Shard(dim), "residual": Shard(dim)}
         partial = {"weight": Partial(), "bias": Partial()}
@@ -319,11 +318,15 @@ def norms_by_rows(mesh):
 
 
 @check
-def bias_with_and_without_gradient(mesh):
-    """Likewise: a mask's gradient is asked for or not."""
-    for wanted in (True, False, True):
+def booleans_that_say_which_outputs_there_are(mesh):
+    """DTensor remembers the outputs of a call by its arguments: a call that differs in these has others."""
+    for wanted in (False, True, False):
         tensors = attention_inputs() | {"attn_bias": leaf(1, 4, 9, 13).detach().requires_grad_(wanted)}
         compare(mesh, attend(), tensors, HEADS | {"attn_bias": Shard(1)}, BY_HEADS)
+    x, residual, weight = (spread(mesh, torch.randn(*shape), Replicate()) for shape in ((4, 8), (4, 8), (8,)))
+    for prenorm in (False, True):
+        out = fastgpt.layer_norm(x, weight, residual=residual, prenorm=prenorm, backend=BACKEND)
+    assert out[1].shape == x.shape and torch.equal(whole(out[1]), whole(x + residual))
 
 
 @check
@@ -462,8 +465,33 @@ def gated_gpt() -> fastgpt.GPT:
     return gpt("swiglu", norm="rms_norm", positions="rope")
 
 
-def attention_module() -> nn.Module:
-    return nn.Sequential(fused.FusedLayerNorm(32), shaken(fused.FusedCausalSelfAttention(32, 4, 2)))
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = fused.FusedLayerNorm(32), fused.FusedCausalSelfAttention(32, 4, 2)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.norm(x, residual, prenorm=True)
+        return self.attention(x), residual
+
+
+class Small(nn.Module):
+    """Of fastgpt.nn alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(101, 32), fused.FusedRMSNorm(32)
+        self.blocks = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        x, residual = self.embedding(batch), None
+        for block in self.blocks:
+            x, residual = block(x, residual)
+        return self.norm(x, residual)
+
+
+def small() -> nn.Module:
+    return shaken(Small())
 
 
 @torch.no_grad()
@@ -502,7 +530,7 @@ def assert_same_gradients(model: nn.Module, expected: nn.Module) -> None:
 
 
 def patched(model: nn.Module) -> nn.Module:
-    return model if isinstance(model, fastgpt.GPT) else fastgpt.patch(model)
+    return model if hasattr(model, "blocks") else fastgpt.patch(model)
 
 
 @check
@@ -595,13 +623,37 @@ def tensor_parallel_attention(mesh):
         parallelize_module(nn.Linear(4, 4), mesh, FusedParallel())
 
 
-MODELS = (gpt, gated_gpt, llama)
+MODELS = (gpt, gated_gpt, small, llama)
+
+
+def layers_of(model: nn.Module) -> Any:
+    return model.blocks if hasattr(model, "blocks") else model.model.layers
+
+
+def sharded(model: nn.Module, mesh: DeviceMesh, checkpointed: bool = False, **options: Any) -> nn.Module:
+    layers = layers_of(model)
+    for i in range(len(layers)):
+        if checkpointed:
+            layers[i] = checkpoint_wrapper(layers[i])
+        fully_shard(layers[i], mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def gradients_of_halves(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+    """Their mean, in float32: what the ranks compute in the same precision, in one process."""
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+    for half in batch.chunk(WORLD):
+        model.zero_grad()
+        train(model, half)
+        for total, parameter in zip(sums, model.parameters(), strict=True):
+            total += parameter.grad.float() / WORLD
+    return sums
 
 
 @check
 def data_parallel(mesh):
     for make in MODELS:
-        for patches_first in (True, False):
+        for patches_first in (True, False) if make is llama else (True,):
             model, batch = make(), tokens()
             expected = patched(copy.deepcopy(model))
             exact = train(expected, batch)
@@ -613,21 +665,21 @@ def data_parallel(mesh):
             dist.all_reduce(loss)
             torch.testing.assert_close(loss / WORLD, exact)
             assert_same_gradients(model, expected)
-            if make is not llama:
-                break
 
 
-def layers_of(model: nn.Module) -> Any:
-    return model.blocks if isinstance(model, fastgpt.GPT) else model.model.layers
-
-
-def sharded(model: nn.Module, mesh: DeviceMesh, checkpointed: bool = False, **options: Any) -> nn.Module:
-    layers = layers_of(model)
-    for i in range(len(layers)):
-        if checkpointed:
-            layers[i] = checkpoint_wrapper(layers[i])
-        fully_shard(layers[i], mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+@check
+def data_parallel_with_autocast_and_checkpointing(mesh):
+    for make in MODELS:
+        model, batch = patched(make()), tokens()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = gradients_of_halves(copy.deepcopy(model), batch)
+            layers = layers_of(model)
+            for i in range(len(layers)):
+                layers[i] = checkpoint_wrapper(layers[i])
+            train(DistributedDataParallel(model), batch.chunk(WORLD)[mesh.get_local_rank()])
+        for parameter, exact in zip(model.parameters(), expected, strict=True):
+            assert parameter.grad.dtype == torch.float32
+            torch.testing.assert_close(parameter.grad, exact, rtol=1e-4, atol=1e-5)
 
 
 @check
@@ -659,12 +711,7 @@ def fully_sharded_in_bfloat16(mesh):
             parameter.data = parameter.data.bfloat16()
         if getattr(expected, "rope", None) is not None:
             expected.rope = expected.rope.bfloat16()  # as what is passed to a layer
-        sums = [torch.zeros_like(p, dtype=torch.float32) for p in expected.parameters()]
-        for half in batch.chunk(WORLD):
-            expected.zero_grad()
-            train(expected, half)
-            for total, parameter in zip(sums, expected.parameters(), strict=True):
-                total += parameter.grad.float() / WORLD
+        sums = gradients_of_halves(expected, batch)
         sharded(patched(model), mesh, mp_policy=policy)
         train(model, batch.chunk(WORLD)[mesh.get_local_rank()])
         for parameter, exact in zip(model.parameters(), sums, strict=True):

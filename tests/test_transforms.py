@@ -334,10 +334,27 @@ def test_attention_module_under_autocast(kv_heads):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
 
 
-def test_mixed_dtypes_are_refused_under_autocast_too():
-    q = torch.randn(1, 4, 2, 8)
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(TypeError, match=r"v: got dtype torch.bfloat16, expected torch.float32 like q"),
-    ):
-        fastgpt.attention(q, q, q.bfloat16())
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_attention_of_several_dtypes_under_autocast(backend, compiled):
+    """As rotary embeddings in float32 leave them: in autocast's dtype, like scaled_dot_product_attention."""
+    q, k, v = (t.requires_grad_() for t in qkv())
+    attend = functools.partial(fastgpt.attention, backend=backend)
+    if compiled:
+        attend = torch.compile(attend, backend="eager", fullgraph=True)
+    half = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    expected = fastgpt.attention(*half, backend=backend)
+    dout = torch.randn_like(expected)
+    for _ in range(2):  # the second time, its metadata is known
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attend(q, k, v.bfloat16())
+        assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    for got, exact in zip(gradients, torch.autograd.grad(expected, half, dout), strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, exact.float())
+    with pytest.raises(TypeError, match=r"v: got dtype torch.bfloat16, expected torch.float32 like q"):
+        fastgpt.attention(q, k, v.bfloat16(), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"k: got dtype torch.float64"):
+        fastgpt.attention(q, k.double(), v, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="q: got int"):
+        fastgpt.attention(3, k, v.bfloat16(), backend=backend)

@@ -40,6 +40,18 @@ def own_precision(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     return _NOTHING
 
 
+def differ_under_autocast(*tensors: object) -> torch.dtype | None:
+    """The dtype of torch.autocast, if it is on and the tensors have several: a rotary embedding in float32
+    makes q and k wider than v, which is a projection's output as it is.
+    """
+    dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    first = tensors[0]
+    if len(dtypes) < 2 or torch.float64 in dtypes or not isinstance(first, Tensor):
+        return None
+    kind = device_type(first)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether a call has to pass through autograd; forward mode is refused there, not dropped.
 
