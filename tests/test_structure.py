@@ -28,6 +28,7 @@ LAYERS = [
     ("fastgpt.cli",),
     ("fastgpt.demo",),
     ("fastgpt.verify", "fastgpt.bench"),
+    ("fastgpt.integrations.tensor_parallel",),  # of fastgpt.gpt, too
     ("fastgpt.integrations", "fastgpt.gpt"),
     ("fastgpt.nn", "fastgpt.kv_cache"),
     tuple(f"fastgpt.ops.{op}.api" for op in OPS),

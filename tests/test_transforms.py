@@ -46,18 +46,19 @@ def qkv(*lead, seqlen=7):
 
 
 OPTIONS = {  # what each sample has of its own
-    "plain": {"window_size": (3, 0), "softcap": 5.0},
-    "sink": {"sink": torch.randn(SAMPLES, 4)},
-    "alibi": {"alibi_slopes": torch.rand(SAMPLES, 2, 4)},
-    "bias": {"attn_bias": torch.randn(SAMPLES, 1, 4, 7, 10)},
-    "lengths": {"seqused_k": torch.tensor([[3, 10], [5, 9], [1, 0]], dtype=torch.int32)},
-    "dropout": {"rng_state": torch.tensor([[1, 2], [3, 4], [5, 6]]), "dropout_p": 0.3},
+    "plain": lambda: {"window_size": (3, 0), "softcap": 5.0},
+    "sink": lambda: {"sink": torch.randn(SAMPLES, 4)},
+    "alibi": lambda: {"alibi_slopes": torch.rand(SAMPLES, 2, 4)},
+    "bias": lambda: {"attn_bias": torch.randn(SAMPLES, 1, 4, 7, 10)},
+    "lengths": lambda: {"seqused_k": torch.tensor([[3, 10], [5, 9], [1, 0]], dtype=torch.int32)},
+    "dropout": lambda: {"rng_state": torch.tensor([[1, 2], [3, 4], [5, 6]]), "dropout_p": 0.3},
 }
 
 
 def split_options(name):
-    tensors = {key: t for key, t in OPTIONS[name].items() if isinstance(t, torch.Tensor)}
-    return tensors, {key: value for key, value in OPTIONS[name].items() if key not in tensors}
+    options = OPTIONS[name]()
+    tensors = {key: t for key, t in options.items() if isinstance(t, torch.Tensor)}
+    return tensors, {key: value for key, value in options.items() if key not in tensors}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -154,7 +154,7 @@ def layer_norm(
 
     DTensors sharded by any axis but the last are computed where they are, the gradients of weight and bias
     being partial sums; with dropout DTensor gathers them first. Under torch.func.vmap the samples are rows of
-    one call, or each is a call, where they have weights of their own or the gradient of a weight is asked for.
+    one call; each is a call where it has a weight of its own, or the gradient of a weight is asked for.
 
     Args:
         x: (..., hidden); float32, bfloat16, float16, or float64 on ``reference`` and ``torch``. Any strides
