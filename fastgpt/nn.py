@@ -157,6 +157,12 @@ class FusedCausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seqlen, embed_dim) to the same."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.headdim))
+        width = self.num_heads + 2 * self.num_kv_heads
+        if heads.shape[2] != width:
+            raise ValueError(
+                f"qkv_proj: gave {heads.shape[2]} heads, expected {width}; it is sharded by "
+                "fastgpt.integrations.tensor_parallel.FusedParallel"
+            )
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         out = attention(
             q,

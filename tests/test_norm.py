@@ -351,7 +351,7 @@ def test_errors_name_the_argument(message, norm):
 def test_opcheck(backend, rms, grad):
     x, residual = (torch.randn(3, 5, 33, requires_grad=grad) for _ in range(2))
     weight, bias = (torch.randn(33, requires_grad=grad) for _ in range(2))
-    dout, stats = torch.randn(3, 5, 33), torch.rand(15)
+    dout, stats = torch.randn(3, 5, 33), torch.rand(3, 5)
     forward, backward = torch.ops.fastgpt.norm_fwd.default, torch.ops.fastgpt.norm_bwd.default
     for *args, dropout_p in (
         (x, residual, weight, bias, None, True, 0.0),

@@ -31,15 +31,17 @@ LAYERS = [
     ("fastgpt.cli",),
     ("fastgpt.demo",),
     ("fastgpt.verify", "fastgpt.bench"),
+    ("fastgpt.integrations.tensor_parallel",),  # of fastgpt.gpt, too
     ("fastgpt.integrations", "fastgpt.gpt"),
     ("fastgpt.nn", "fastgpt.kv_cache"),
     tuple(f"fastgpt.ops.{op}.api" for op in OPS),
     tuple(f"fastgpt.ops.{op}.library" for op in OPS),
+    ("fastgpt.ops.sharding",),
     ("fastgpt.dispatch",),
     ("fastgpt.proof",),
     tuple(f"fastgpt.ops.{op}.{name}" for op in OPS for name in IMPLEMENTATIONS),
     ("fastgpt.ops.launch", "fastgpt.ops.cuda"),
-    ("fastgpt.ops.checks", "fastgpt.ops.native", "fastgpt.ops.device"),
+    ("fastgpt.ops.checks", "fastgpt.ops.native", "fastgpt.ops.device", "fastgpt.ops.vmap"),
     ("fastgpt.ops.philox", *(f"fastgpt.ops.{op}.spec" for op in OPS)),
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         rows = x.numel() // self.in_features
-        plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        plain = type(x) is Tensor and x.is_cpu and x.dtype == torch.float32
+        plain = plain and not torch.is_autocast_enabled("cpu")
         if rows > PARTS_ROWS or not plain:
             return F.linear(x, self.weight, self.bias)
         columns = x.reshape(-1, self.in_features).t()
@@ -125,14 +126,14 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        width = config.intermediate_size
-        self.up = Linear(config.hidden_size, 2 * width if self.gated else width, config.mlp_bias)
-        self.down = Linear(width, config.hidden_size, config.mlp_bias)
+        self.width = config.intermediate_size
+        self.up = Linear(config.hidden_size, (1 + self.gated) * self.width, config.mlp_bias)
+        self.down = Linear(self.width, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.gated:
-            gate, up = x.chunk(2, dim=-1)
+            gate, up = x.split(self.width, dim=-1)
             return self.down(F.silu(gate) * up)
         return self.down(F.gelu(x, approximate="tanh"))
 
@@ -312,8 +313,10 @@ class GPT(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens of each of ``batch`` sequences."""
         c, weight = self.config, self.head.weight
+        first: Any = self.blocks[0]
+        nheads_k = first.attention.nheads_k  # fewer than in config with tensor parallelism
         return KVCache(
-            c.num_layers, batch, capacity, c.nheads_k, c.headdim, dtype=weight.dtype, device=weight.device
+            c.num_layers, batch, capacity, nheads_k, c.headdim, dtype=weight.dtype, device=weight.device
         )
 
     def _check_cache(self, cache: KVCache, input_ids: Tensor) -> None:

@@ -40,11 +40,28 @@ def own_precision(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     return _NOTHING
 
 
+def differ_under_autocast(*tensors: object) -> torch.dtype | None:
+    """The dtype of torch.autocast, if it is on and the tensors have several: a rotary embedding in float32
+    makes q and k wider than v, which is a projection's output as it is.
+    """
+    dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    first = tensors[0]
+    if len(dtypes) < 2 or torch.float64 in dtypes or not isinstance(first, Tensor):
+        return None
+    kind = device_type(first)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a call has to pass through autograd; forward mode is refused there, not dropped."""
+    """Whether a call has to pass through autograd; forward mode is refused there, not dropped.
+
+    Under torch.func, too, whatever the tensors say: vmap hides that a gradient is asked for outside of it.
+    """
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
+        if _C._functorch.peek_interpreter_stack() is not None:
+            return True
         for t in tensors:  # any() of a generator takes several times as long
             if t is not None and t.requires_grad:
                 return True
@@ -140,13 +157,19 @@ def check_number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def check_dropout(dropout_p: float, rng_state: Tensor | None, device: torch.device) -> Tensor | None:
+def check_dropout(dropout_p: float, rng_state: Tensor | None, like: Tensor) -> Tensor | None:
     """Checks both; returns the state, drawn from torch's generator if none was given, None if p is 0."""
+    device = like.device
     check_number("dropout_p", dropout_p, 0, 1)
     check_optional("rng_state", rng_state, "(2)")
     if not dropout_p:
         return None
     if rng_state is None:
+        if hasattr(like, "device_mesh"):
+            raise ValueError(
+                "rng_state: got None with DTensors, expected a replicated DTensor, int64 (2): seed and "
+                "offset, of which each rank would draw its own"
+            )
         return torch.randint(2**31, (2,), device=device, dtype=torch.int64)
     if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64 or rng_state.device != device:
         raise ValueError(

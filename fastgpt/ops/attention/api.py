@@ -70,13 +70,16 @@ def _attend(
     signature = checks.signature(q, k, v, *tensors)
     passed = _passed_packed if packed else _passed
     if signature is None or signature not in passed:
+        if (dtype := checks.differ_under_autocast(q, k, v)) is not None:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            signature = checks.signature(q, k, v, *tensors)
         _check_tensors(q, k, v, tensors, packed)
         checks.remember(passed, signature)
     left, right = checks.check_window(causal, window_size)
     if softcap != 0:
         checks.check_softcap(softcap)
     if type(dropout_p) is not float or dropout_p != 0 or tensors.rng_state is not None:
-        rng_state = checks.check_dropout(dropout_p, tensors.rng_state, q.device)
+        rng_state = checks.check_dropout(dropout_p, tensors.rng_state, q)
         tensors = tensors._replace(rng_state=rng_state)
     slopes = tensors.alibi_slopes
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
@@ -131,11 +134,17 @@ def attention(
 
     No (seqlen_q, seqlen_k) matrix is stored (FlashAttention, Dao et al. 2022, arXiv:2205.14135).
 
+    DTensors sharded by batch or by heads are computed where they are, forward and backward; where the ranks
+    do not divide the heads of k, the sequences are sharded, or with dropout, DTensor redistributes first. All
+    tensors of a call have to be DTensors then. Under torch.func.vmap the samples are sequences of one call,
+    or each is a call, where they share one of q, k and v or have any of the optional tensors.
+
     Args:
         q: (batch, seqlen_q, nheads, headdim), float32, bfloat16, float16 (float64 on ``reference``).
             Any strides whose last is 1.
         k: (batch, seqlen_k, nheads_k, headdim); nheads is a multiple of nheads_k (GQA, MQA).
-        v: (batch, seqlen_k, nheads_k, headdim_v).
+        v: (batch, seqlen_k, nheads_k, headdim_v). Under torch.autocast, q, k and v of different dtypes are
+            taken in its own; those of one dtype stay in it.
         causal: key j is visible to query i iff ``j <= i + seqlen_k − seqlen_q`` (the last query
             sees the last key): for seqlen_q = 2 and seqlen_k = 5 the mask is ``1 1 1 1 0 / 1 1 1 1 1``.
         softmax_scale: factor of q·k; default ``headdim ** −0.5``.

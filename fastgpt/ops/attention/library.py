@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
+from fastgpt.ops import sharding, vmap
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
 from fastgpt.ops.checks import needs_autograd, own_precision
 
@@ -216,6 +217,29 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     return _below_autograd(*args)
 
 
+def _fold_forward(call: Any, samples: int, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """Sequences of one call, where each sample has q, k and v of its own and there is nothing beside them."""
+    qkv, rest = args[:3], args[3:]
+    if None in in_dims[:3] or any(t is not None for t in rest[:-_SCALARS]):
+        return NotImplemented
+    batch = vmap.in_front(qkv[0], in_dims[0], samples).shape[1]  # type: ignore[union-attr]
+    merged = (vmap.in_front(t, d, samples).flatten(0, 1) for t, d in zip(qkv, in_dims, strict=False))  # type: ignore[union-attr]
+    out, lse = call(*merged, *rest)
+    return (out.unflatten(0, (samples, batch)), lse.unflatten(0, (samples, batch))), (0, 0)
+
+
+def _fold_backward(call: Any, samples: int, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    tensors, rest = args[:7], args[7:]
+    if None in in_dims[2:5] or any(t is not None for t in rest[1:-_SCALARS]):
+        return NotImplemented
+    apart = [vmap.in_front(t, d, samples) for t, d in zip(tensors, in_dims, strict=False)]
+    merged = (None if t is None else t.flatten(0, 1) for t in apart)
+    dq, dk, dv, *none = call(*merged, *rest)
+    edges = apart[2].shape[:2]  # type: ignore[union-attr]
+    grads = (t.unflatten(0, edges) for t in (dq, dk, dv))
+    return (*grads, *none), (0, 0, 0, None, None)
+
+
 def run(
     direct: bool,
     q: Tensor,
@@ -229,6 +253,7 @@ def run(
     if direct:
         return _forward(q, k, v, spec, tensors, backend)
     args = pack(spec, tensors, backend)
+    sharding.prepare()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.attention_fwd.default(q, k, v, *args)
     return _forward_autograd(q, k, v, *args)
@@ -239,3 +264,5 @@ library.impl("attention_fwd", _forward_autograd, "Autograd")
 library.impl("attention_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastgpt::attention_fwd", _forward_fake, lib=library)
 torch.library.register_fake("fastgpt::attention_bwd", _backward_fake, lib=library)
+vmap.register(library, "attention_fwd", Attention, _fold_forward)
+vmap.register(library, "attention_bwd", AttentionBackward, _fold_backward)

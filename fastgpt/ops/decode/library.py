@@ -127,12 +127,25 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """attention_kvcache; ``direct``: past the dispatcher."""
     if not direct:
+        if hasattr(q, "device_mesh") or hasattr(k_cache, "device_mesh"):
+            raise TypeError(
+                "q, k_cache: got DTensors, expected torch.Tensors, such as what each rank has, .to_local(): "
+                "the caches are appended to in place"
+            )
         return torch.ops.fastgpt.attention_kvcache.default(q, k_cache, v_cache, *tensors, *spec, backend)
     result = _forward(q, k_cache, v_cache, spec, tensors, backend)
     _note_append(k_cache, v_cache, tensors.k)
     return result
 
 
+def _refuse_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    raise RuntimeError(
+        "fastgpt.attention_with_kvcache appends to its caches in place, which torch.func.vmap cannot follow; "
+        "give it the samples as sequences of one batch"
+    )
+
+
 library.impl("attention_kvcache", _forward_inplace, "ADInplaceOrView")
 library.impl("attention_kvcache", _forward_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("fastgpt::attention_kvcache", _fake, lib=library)
+torch.library.register_vmap("fastgpt::attention_kvcache", _refuse_vmap, lib=library)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
+from fastgpt.ops import sharding, vmap
 from fastgpt.ops.checks import needs_autograd, own_precision
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -133,6 +134,7 @@ def run(direct: bool, *args: Any) -> tuple[Tensor, Tensor]:
     """merge_fwd; ``direct``: past the dispatcher."""
     if direct:
         return _forward(*args)
+    sharding.prepare()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.merge_fwd.default(*args)
     return _forward_autograd(*args)
@@ -143,3 +145,5 @@ library.impl("merge_fwd", _forward_autograd, "Autograd")
 library.impl("merge_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastgpt::merge_fwd", _forward_fake, lib=library)
 torch.library.register_fake("fastgpt::merge_bwd", _backward_fake, lib=library)
+vmap.register(library, "merge_fwd", Merge)
+vmap.register(library, "merge_bwd", MergeBackward)

@@ -91,13 +91,18 @@ def _run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     signature = checks.signature(x, weight, bias, residual, rng_state)
     if signature is None or signature not in _passed:
+        if residual is not None and checks.differ_under_autocast(x, residual) is not None:
+            # As x + residual would be: there, a projection's output is narrower than the residual stream.
+            wide = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(wide), residual.to(wide)
+            signature = checks.signature(x, weight, bias, residual, rng_state)
         _check_tensors(x, weight, bias, residual)
         checks.remember(_passed, signature)
     _check_eps(eps)
     if not isinstance(prenorm, bool):
         raise TypeError(f"prenorm: got {prenorm!r}, expected True or False")
     if type(dropout_p) is not float or dropout_p != 0 or rng_state is not None:
-        rng_state = checks.check_dropout(dropout_p, rng_state, x.device)
+        rng_state = checks.check_dropout(dropout_p, rng_state, x)
     spec = NormSpec(rms, eps, float(dropout_p))
 
     inputs = (x, residual, weight, bias)
@@ -147,13 +152,18 @@ def layer_norm(
     everything after it is computed from the rounded sum, as in ``layer_norm(x + residual)``: forward and
     backward see the same rows.
 
+    DTensors sharded by any axis but the last are computed where they are, the gradients of weight and bias
+    being partial sums; with dropout DTensor gathers them first. Under torch.func.vmap the samples are rows of
+    one call; each is a call where it has a weight of its own, or the gradient of a weight is asked for.
+
     Args:
         x: (..., hidden); float32, bfloat16, float16, or float64 on ``reference`` and ``torch``. Any strides
             whose last is 1: rows at a uniform distance are read in place, other layouts are copied first.
         weight: (hidden), in x's dtype or float32; None = 1.
         bias: (hidden), in weight's dtype; None = 0.
         eps: added to the variance.
-        residual: of x's shape and dtype, added to x, after its dropout, before the norm.
+        residual: of x's shape and dtype, added to x, after its dropout, before the norm. Under torch.autocast
+            its dtype may be another: both are taken in the wider one.
         prenorm: also return the sum z (x itself without a residual and dropout), the next block's residual.
         dropout_p: probability of dropping an element of x. The residual is not dropped.
         rng_state: (2), int64: Philox seed and offset of the dropout; drawn from torch's generator if None.

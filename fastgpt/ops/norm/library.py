@@ -3,8 +3,9 @@
 ``fastgpt::norm_fwd`` and ``fastgpt::norm_bwd`` have fixed arity, tensors first; the backend has been
 chosen by then. An output that a call does not have is empty: ``residual_out`` without ``store_sum`` or
 where the sum is x itself (neither residual nor dropout), ``mean`` of RMS norm, ``dresidual`` without
-dropout (it is ``dx``) or ``residual_gradient``. The backward takes ``z``, the sum dropout(x) + residual, and
-the row statistics from outside. There is an ``rng_state`` iff ``dropout_p`` is not 0.
+dropout (it is ``dx``) or ``residual_gradient``. ``mean`` and ``rstd`` have x's leading axes, so that what is
+sharded or vmapped along one of these is so for all outputs. The backward takes ``z``, the sum dropout(x) +
+residual, and the row statistics from outside. There is an ``rng_state`` iff ``dropout_p`` is not 0.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
+from fastgpt.ops import sharding, vmap
 from fastgpt.ops.checks import needs_autograd, own_precision
 from fastgpt.ops.norm.spec import NormSpec
 
@@ -60,8 +62,8 @@ def _implementation_forward(
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, residual_out, mean, rstd = _implementation_forward(x, *args)
     residual_out = x.new_empty(0) if residual_out is None else residual_out.contiguous()
-    mean = rstd.new_empty(0) if mean is None else mean.contiguous()
-    return out.contiguous(), residual_out, mean, rstd.contiguous()
+    mean = rstd.new_empty(0) if mean is None else mean.contiguous().view(x.shape[:-1])
+    return out.contiguous(), residual_out, mean, rstd.contiguous().view(x.shape[:-1])
 
 
 def _forward_fake(
@@ -78,9 +80,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     residual_out = x.new_empty(x.shape if store_sum and _has_sum(residual, rng_state) else (0,))
-    rows = x.numel() // x.shape[-1]
-    mean = x.new_empty(0 if rms else rows, dtype=acc)
-    return x.new_empty(x.shape), residual_out, mean, x.new_empty(rows, dtype=acc)
+    mean = x.new_empty((0,) if rms else x.shape[:-1], dtype=acc)
+    return x.new_empty(x.shape), residual_out, mean, x.new_empty(x.shape[:-1], dtype=acc)
 
 
 def _unit_rows(t: Tensor) -> Tensor:
@@ -109,8 +110,8 @@ def _backward(
         z,
         weight,
         bias,
-        None if rms else mean,
-        rstd,
+        None if rms else mean.flatten(),
+        rstd.flatten(),
         rng_state,
         residual_gradient,
         NormSpec(rms, eps, dropout_p),
@@ -211,11 +212,36 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _below_autograd(*args)
 
 
+def _fold_forward(
+    call: Any, samples: int, in_dims: tuple[int | None, ...], x: Tensor, residual: Tensor | None, *args: Any
+) -> Any:
+    """The samples' rows are rows like any others, but for a weight and for dropout's bits of their own."""
+    rng_state, store_sum, rms = args[2:5]
+    if in_dims[0] is None or rng_state is not None or in_dims[2:4] != (None, None):
+        return NotImplemented
+    rows, residual = (vmap.in_front(t, d, samples) for t, d in zip((x, residual), in_dims, strict=False))
+    outputs = call(rows, residual, *args)
+    return outputs, (0, 0 if store_sum and residual is not None else None, None if rms else 0, 0)
+
+
+def _fold_backward(call: Any, samples: int, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """Likewise; the gradients of weight and bias are sums, of each sample's rows apart."""
+    dout, dresidual_out, z, weight, bias, mean, rstd, rng_state, *scalars = args
+    rms = scalars[1]
+    if in_dims[2] is None or weight is not None or bias is not None or rng_state is not None:
+        return NotImplemented
+    tensors = dout, dresidual_out, z, None, None, None if rms else mean, rstd, None
+    rows = [vmap.in_front(t, d, samples) for t, d in zip(tensors, in_dims, strict=False)]
+    rows[5] = mean if rms else rows[5]
+    return call(*rows, *scalars), (0, None, None, None)
+
+
 def run(direct: bool, *args: Any) -> tuple[Tensor, Tensor | None]:
     """out and residual_out of norm_fwd; ``direct``: past the dispatcher."""
     if direct:
         out, residual_out, _, _ = _implementation_forward(*args)
         return out.contiguous(), None if residual_out is None else residual_out.contiguous()
+    sharding.prepare()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.norm_fwd.default(*args)[:2]
     return _forward_autograd(*args)[:2]
@@ -226,3 +252,5 @@ library.impl("norm_fwd", _forward_autograd, "Autograd")
 library.impl("norm_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastgpt::norm_fwd", _forward_fake, lib=library)
 torch.library.register_fake("fastgpt::norm_bwd", _backward_fake, lib=library)
+vmap.register(library, "norm_fwd", Norm, _fold_forward)
+vmap.register(library, "norm_bwd", NormBackward, _fold_backward)

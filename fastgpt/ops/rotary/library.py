@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
+from fastgpt.ops import sharding, vmap
 from fastgpt.ops.checks import needs_autograd
 from fastgpt.ops.rotary.spec import RotarySpec, RotaryTensors
 
@@ -77,9 +78,7 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         seqlen_offset, interleaved, conjugate, backend = ctx.scalars
-        dx = torch.ops.fastgpt.rotary.default(
-            dout, *ctx.saved_tensors, seqlen_offset, interleaved, not conjugate, backend
-        )
+        dx = _forward_autograd(dout, *ctx.saved_tensors, seqlen_offset, interleaved, not conjugate, backend)
         return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
@@ -99,6 +98,7 @@ def run(direct: bool, x: Tensor, spec: RotarySpec, tensors: RotaryTensors, backe
     if direct:
         return _forward(x, spec, tensors, backend)
     args = (x, *tensors, *spec, backend)
+    sharding.prepare()
     if torch.compiler.is_compiling():
         return torch.ops.fastgpt.rotary.default(*args)
     return _forward_autograd(*args)
@@ -107,3 +107,4 @@ def run(direct: bool, x: Tensor, spec: RotarySpec, tensors: RotaryTensors, backe
 library.impl("rotary", _forward_operator, "CompositeExplicitAutograd")
 library.impl("rotary", _forward_autograd, "Autograd")
 torch.library.register_fake("fastgpt::rotary", _forward_fake, lib=library)
+vmap.register(library, "rotary", Rotary)
