@@ -697,7 +697,7 @@ def fully_sharded(mesh):
             model = patched(model) if patches_first else model
             sharded(model, mesh, checkpointed=patches_first)
             if make is llama and not patches_first:
-                fastgpt.patch(model, norm=False)  # whose weights are spread over the ranks
+                fastgpt.patch(model)
             loss = train(model, batch.chunk(WORLD)[mesh.get_local_rank()])
             assert all(isinstance(p, DTensor) for p in model.parameters())
             dist.all_reduce(loss)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.dispatch import traced_as_constant
+from fastgpt.dispatch import logger, traced_as_constant
 from fastgpt.ops.attention.spec import AttentionTensors
 
 # Of a mesh dimension: the placements of the outputs, and of the inputs with None for what is no tensor.
@@ -28,8 +28,11 @@ def prepare() -> None:
     """Registers the rules if there may be DTensors, whose module takes longer to import than fastgpt."""
     global _registered
     if not _registered and "torch.distributed.tensor" in sys.modules:
-        register()
         _registered = True
+        try:
+            register()
+        except Exception as error:  # of a torch to come, say: plain tensors are served in any case
+            logger.warning("fastgpt: DTensors are not served with this torch: %r", error)
 
 
 def _replicated(outputs: int, inputs: Sequence[object]) -> Choice:

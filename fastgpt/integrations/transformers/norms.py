@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -56,14 +57,15 @@ def norm_of(module: nn.Module) -> Norm | None:
     is_rms = "RMSNorm" in type(module).__name__ and isinstance(eps, float) and not list(module.children())
     if not is_rms or [name for name, _ in module.named_parameters()] != ["weight"] or weight.dim() != 1:
         return None
-    if weight.is_meta or not weight.dtype.is_floating_point:
-        return None
-    # Not random numbers, which the user would miss.
-    x = torch.arange(4.0 * len(weight), device=weight.device).sin().view(4, -1).to(weight.dtype)
-    expected, tolerance = module(x), 4 * torch.finfo(weight.dtype).eps
+    # On a weight of its own: the module's may be elsewhere, sharded or not yet loaded. Not on random numbers,
+    # which the user would miss.
+    probe, own = copy.copy(module), torch.linspace(0.5, 1.5, len(weight), dtype=torch.float32, device="cpu")
+    probe._parameters = {"weight": nn.Parameter(own)}
+    x = torch.arange(4 * len(weight), dtype=torch.float32, device="cpu").sin().view(4, -1)
+    expected, tolerance = type(module).forward(probe, x), 4 * torch.finfo(x.dtype).eps
     for one_more in (False, True):
-        got = nn.functional.rms_norm(x.float(), weight.shape, weight.float() + float(one_more), eps)
-        if torch.allclose(expected.float(), got, rtol=tolerance, atol=tolerance):
+        got = nn.functional.rms_norm(x, weight.shape, own + float(one_more), eps)
+        if torch.allclose(expected, got, rtol=tolerance, atol=tolerance):
             return Norm(rms_norm, eps, one_more)
     return None
 
