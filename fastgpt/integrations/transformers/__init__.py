@@ -5,10 +5,10 @@
     fastgpt.unpatch(model)
 
 The attention goes through the interface that transformers has for it: a name in its registries of
-attention and mask functions (``attention.py``), which the model's config then asks for. The norms get a
-``forward`` of their own on the instance (``norms.py``). A DynamicCache that the model is given gets layers
-that append in place (``cache.py``). Nothing else changes: no class, no weight, no module, no global but
-those names.
+attention and mask functions (``attention.py``; ``batching.py`` for generate_batch), which the model's config
+then asks for. The norms get a ``forward`` of their own on the instance (``norms.py``). A DynamicCache that
+the model is given gets layers that append in place (``cache.py``). Nothing else changes: no class, no weight,
+no module, no global but those names.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import nn
 
 from fastgpt import dispatch
 from fastgpt.integrations.transformers.attention import NAME, attention_forward, attention_mask, register
+from fastgpt.integrations.transformers.batching import continuous_batching
 from fastgpt.integrations.transformers.norms import gpt2_block_forward, is_gpt2_block, norm_forward, norm_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["attention_forward", "attention_mask", "patch", "register", "unpatch"]
 
 RECORD = "_fastgpt_patch"
+BATCHING = "continuous_batching_context_manager"  # what generate_batch() runs in
 
 
 @dataclasses.dataclass
@@ -64,11 +66,42 @@ def _append_in_place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         append_in_place(cache)
 
 
+def _unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model in the wrappers of torch.compile, PEFT and DistributedDataParallel."""
+    from transformers import PreTrainedModel
+
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if "_orig_mod" in getattr(inner, "_modules", ()):
+            inner = inner._orig_mod
+        elif isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(inner, nn.DataParallel):
+            raise TypeError(
+                "model: got DataParallel, whose replicas would all use the first device's norms; patch the "
+                "model inside with norm=False, or use DistributedDataParallel"
+            )
+        else:
+            raise TypeError(
+                f"model: got {type(inner).__name__}, expected a transformers model (PreTrainedModel), alone "
+                "or in a wrapper of PEFT, torch.compile or DistributedDataParallel"
+            )
+    return inner
+
+
+def _slot(module: nn.Module) -> str:
+    """The name of a module's own forward: accelerate's hooks stand before it, which load weights."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
 def _set_forward(record: Patch, module: nn.Module, forward: Any, *args: Any) -> None:
-    """``module.forward`` becomes ``forward(module, what it was, *args, ...)``."""
-    record.forwards.append((module, vars(module).get("forward")))
+    """The module's own forward becomes ``forward(module, what it was, *args, ...)``."""
+    slot = _slot(module)
+    record.forwards.append((module, vars(module).get(slot)))
     # A partial and not a closure: it follows the module through copy.deepcopy and pickle.
-    module.forward = functools.partial(forward, module, module.forward, *args)
+    setattr(module, slot, functools.partial(forward, module, getattr(module, slot), *args))
 
 
 def patch(
@@ -88,7 +121,8 @@ def patch(
     transformers rounds it twice.
 
     Args:
-        model: on any device, of any dtype, with any head.
+        model: on any device, of any dtype, with any head; quantised, offloaded, or in a wrapper of PEFT,
+            torch.compile or DistributedDataParallel.
         attention, norm: what is swapped.
         cache: a DynamicCache, generate()'s default, that the model is called with appends in place from then
             on, where transformers copies all of it at every token. What ``crop`` cuts off is overwritten by
@@ -104,11 +138,8 @@ def patch(
         ValueError: the model is patched already, shares its config with a patched one, or its config asks
             for ``output_attentions``.
     """
-    from transformers import PreTrainedModel
-
+    wrapper, model = model, _unwrapped(model)
     kind = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: got {kind}, expected a transformers model (PreTrainedModel)")
     if attention and not model._supports_attention_backend:
         raise TypeError(
             f"model: got {kind}, whose attention transformers does not let others compute; "
@@ -130,6 +161,9 @@ def patch(
     if attention:
         record.hooks.append(model.register_forward_pre_hook(_refuse_output_attentions, with_kwargs=True))
         model.config._attn_implementation = register(backend)
+        if hasattr(model, BATCHING):
+            batching = functools.partial(continuous_batching, model, getattr(model, BATCHING), backend)
+            setattr(model, BATCHING, batching)
         said.append(f"{sum('is_causal' in vars(module) for module in model.modules())} attentions")
     if norm:
         said += _patch_norms(model, record, backend)
@@ -138,7 +172,7 @@ def patch(
         said.append("a cache that appends in place")
     setattr(model, RECORD, record)
     print(f"fastgpt: patched {kind}: {', '.join(said)}")
-    return model
+    return wrapper
 
 
 def _patch_norms(model: PreTrainedModel, record: Patch, backend: str | None) -> list[str]:
@@ -163,18 +197,22 @@ def unpatch(model: Model) -> Model:
     place.
 
     Raises:
+        TypeError: the model is none of transformers'.
         ValueError: the model is not patched.
     """
+    wrapper, model = model, _unwrapped(model)
     record: Patch | None = vars(model).get(RECORD)
     if record is None:
         raise ValueError(f"model: got a {type(model).__name__} that is not patched, expected one that is")
     model.config._attn_implementation = record.attn_implementation
     for module, forward in record.forwards:
-        if forward is None:
+        slot = _slot(module)
+        if forward is None and slot == "forward":
             del module.forward
-        else:
-            module.forward = forward
+        else:  # there may be hooks now where there were none
+            setattr(module, slot, forward or vars(module)[slot].args[1])
     for hook in record.hooks:
         hook.remove()
+    vars(model).pop(BATCHING, None)
     delattr(model, RECORD)
-    return model
+    return wrapper

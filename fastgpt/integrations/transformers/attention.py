@@ -17,8 +17,9 @@ from fastgpt import dispatch
 from fastgpt.ops.attention.api import attention
 
 NAME = "fastgpt"
-# What some architectures pass to an attention function and this one does not compute.
-REFUSED = ("position_bias", "cache")
+# What some architectures pass to an attention function and this one does not compute: T5's bias, the keys
+# that DeepSeek-V3.2 and MiniMax-M3 choose, Inkling's logit for each query.
+REFUSED = ("position_bias", "cache", "indices", "block_indices", "sinks")
 
 
 def attention_forward(
@@ -58,10 +59,19 @@ def attention_forward(
             raise ValueError(
                 f"{name}: got a value for {type(module).__name__}, fastgpt's attention has only None"
             )
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: got True, expected False: fastgpt's attention stores no weights")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+        # As scaled_dot_product_attention does: rotary tables in float32 widen queries and keys alone.
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     ranges = bias = None
     if attention_mask is not None and attention_mask.dtype == torch.int32:
-        ranges = attention_mask[:, 0, 0].T.contiguous()  # leftpad_k, seqused_k
+        if attention_mask.shape[2] > 1:  # some architectures say their window in the mask alone (Phi-MoE)
+            sliding_window = attention_mask.shape[2] - 1
+        if attention_mask.shape[3]:
+            ranges = attention_mask[:, 0, 0].T.contiguous()  # leftpad_k, seqused_k
     elif attention_mask is not None:
         bias, causal, sliding_window = attention_mask, False, None  # the mask has it all
     width = -1 if sliding_window is None else sliding_window - 1
@@ -155,26 +165,33 @@ def attention_mask(
     """A mask function of transformers' ``AttentionMaskInterface``.
 
     Returns:
-        None, where the module's ``is_causal`` and window say all, unlike with ``sdpa`` also for several
-        queries behind a cache. Else, for padding before or behind each sequence and for caches that are
-        longer than what they hold, (batch, 1, 1, 2), int32: each sequence's first key and one past its last.
+        None, where the module's ``is_causal`` says all, unlike with ``sdpa`` also for several queries behind
+        a cache. Else, for windows, padding before or behind each sequence and caches that are longer than
+        what they hold, (batch, 1, 1 + window, 2), int32: each sequence's first key and one past its last,
+        with window 0 for none; the last dimension is 0 where all keys are meant.
         Else (batch, 1, q_length, kv_length), bool, True where a key is visible.
     """
     from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
     pattern = _pattern(mask_function)
-    if pattern is not None:
-        end = kv_length if pattern == "bidirectional" else q_offset + q_length - kv_offset
+    window = local_size or 0 if pattern == "window" else 0
+    end = kv_length if pattern == "bidirectional" else q_offset + q_length - kv_offset
+    # The model computes with the mask itself (Doge, DeepSeek-V3.2). Static caches ask for one too, for single
+    # queries, which no mask function can tell from it.
+    dense = pattern != "bidirectional" and not allow_is_causal_skip and q_length > 1
+    if pattern is not None and not dense and (pattern != "window" or window > 0):
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         tokens = None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
         whole = isinstance(end, int) and end == kv_length
         if tokens is not None and not torch.compiler.is_compiling() and bool(tokens[:, : int(end)].all()):
             tokens = None
         if tokens is None and whole and (pattern != "bidirectional" or allow_is_bidirectional_skip):
-            return None
+            if pattern != "window" or kv_length <= window:
+                return None
+            return torch.empty(batch_size, 1, 1 + window, 0, dtype=torch.int32, device=device)
         ranges = _key_ranges(pattern, end, tokens, batch_size, device)
         if ranges is not None:
-            return ranges
+            return ranges.expand(-1, -1, 1 + window, -1)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

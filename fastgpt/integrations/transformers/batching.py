@@ -1,0 +1,91 @@
+"""Continuous batching of transformers (``generate_batch``) on :func:`fastgpt.attention_varlen`.
+
+Its manager takes an attention function by name alone: ``sdpa`` and ``paged|eager``, for which it fills dense
+masks, and whatever has "flash" in its name, which gets the edges of the packed sequences instead. So a
+patched model's config asks for such a name while the manager runs. No mask function is registered under it:
+transformers then makes no mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastgpt.ops.attention.api import attention_varlen
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    *,
+    cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    backend: str | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function for transformers' ``PagedAttentionCache``.
+
+    Args:
+        query: (1, nheads, total_q, headdim), sequence behind sequence.
+        key, value: (1, nheads_k, total_q, headdim); the cache takes them and gives each sequence's own back.
+        cache: the ``PagedAttentionCache``.
+        cu_seq_lens_q: (sequences + 1), int32.
+
+    Returns:
+        out (1, total_q, nheads, headdim), and None for the weights, which are never stored.
+    """
+    if cache is None or cu_seq_lens_q is None:
+        raise ValueError("cache: got None, expected the cache of transformers' continuous batching")
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask: got a value, expected None: sequences are told apart by cu_seq_lens_q"
+        )
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    width = -1 if sliding_window is None else sliding_window - 1
+    out = attention_varlen(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens_q=cu_seq_lens_q,
+        cu_seqlens_k=kwargs["cu_seq_lens_k"],  # the cache has put this layer's there
+        softmax_scale=scaling,
+        window_size=(width, 0),
+        softcap=softcap or 0.0,
+        sink=None if s_aux is None else s_aux.float(),
+        backend=backend,
+    )
+    assert isinstance(out, Tensor)  # without return_lse
+    return out[None], None
+
+
+@contextlib.contextmanager
+def continuous_batching(
+    model: Any,
+    original: Callable[..., contextlib.AbstractContextManager[Any]],
+    backend: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Iterator[Any]:
+    """``model.continuous_batching_context_manager``, in which the model's attention is the one above."""
+    from transformers import AttentionInterface
+
+    previous = model.config._attn_implementation
+    name = f"{previous}_paged_flash"
+    AttentionInterface.register(name, functools.partial(paged_attention_forward, backend=backend))
+    model.config._attn_implementation = name
+    try:
+        with original(*args, **kwargs) as manager:
+            yield manager
+    finally:
+        model.config._attn_implementation = previous

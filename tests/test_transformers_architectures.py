@@ -1,0 +1,241 @@
+"""Architectures that ask of attention what decoders like Llama do not: encoders, cross-attention, windows and
+masks of their own; and what fastgpt's attention refuses."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from backends import assert_parity
+
+import fastgpt
+
+SHAPE = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = SHAPE | {"num_key_value_heads": 2}
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 101, (2, 19), generator=torch.Generator().manual_seed(3))
+
+
+def randomized(model):
+    """With weights large enough that every part of the model shows in what it computes."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.nan_to_num_().add_(
+                torch.randn_like(p), alpha=0.2
+            )  # NaN: what transformers leaves uninitialized
+    return model.eval()
+
+
+def with_attention(model, implementation):
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_window_that_the_mask_alone_says(ids, padding):
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 2}  # a choice would turn on rounding
+    config = transformers.PhimoeConfig(**GROUPED, **experts, sliding_window=4)
+    config._experts_implementation = "eager"  # the others have no float64
+    model = randomized(transformers.AutoModelForCausalLM.from_config(config))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    real = mask.bool()
+
+    expected = copy.deepcopy(model).double()(ids, **options).logits[real]
+    other = with_attention(model, "eager")(ids, **options).logits[real]
+    got = with_attention(model, fastgpt.register())(ids, **options).logits[real]
+    assert_parity("logits", got, other, expected)
+
+
+@torch.no_grad()
+def test_a_mask_that_the_model_computes_with(ids):
+    model = randomized(transformers.DogeForCausalLM(transformers.DogeConfig(**GROUPED)))
+    expected, other = model.double()(ids).logits, model.float()(ids).logits
+    model.set_attn_implementation(fastgpt.register())
+    assert_parity("logits", model(ids).logits, other, expected)
+
+    def generate(model):
+        return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+
+    assert generate(model) == generate(with_attention(model, "eager"))
+
+
+EXPERTS_FREE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_layer_types": ["dense"] * 3}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+INDEXER = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 4}
+OWN_ATTENTION = {
+    "indices": transformers.DeepseekV32Config(
+        **SHAPE, **EXPERTS_FREE, **LATENT, **INDEXER, layer_types=["indexed_attention"] * 3
+    ),
+    "position_bias": transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=101
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("argument", OWN_ATTENTION)
+def test_attention_that_fastgpt_has_not_is_refused(ids, argument):
+    config = OWN_ATTENTION[argument]
+    kind = (
+        transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    )
+    model = kind.from_config(config, attn_implementation=fastgpt.register()).eval()
+    inputs = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    with pytest.raises(
+        ValueError, match=rf"^{argument}: got a value for \w+Attention, fastgpt's attention has only"
+    ):
+        model(ids, **inputs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_of_attention_are_refused(ids, training):
+    config = transformers.LlamaConfig(**SHAPE)
+    model = transformers.LlamaForCausalLM(config).train(training)
+    model.set_attn_implementation(fastgpt.register())
+    with pytest.raises(ValueError, match=r"^output_attentions: got True, expected False"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):  # by transformers
+        model.config.output_attentions = True
+    model.set_attn_implementation("sdpa")
+    fastgpt.patch(model)
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=r"^output_attentions: got True, expected False"):
+            part(ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"^output_attentions: got True, expected False"):
+        model.generate(ids, max_new_tokens=1, output_attentions=True, return_dict_in_generate=True)
+
+
+ENCODER = {name: SHAPE[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+VISION = ENCODER | {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+TRANSLATOR = LAYERS | {"d_model": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+# Of each: its class, its configuration, and what it takes beside tokens and their mask.
+OTHERS = {
+    "bert": (transformers.BertModel, transformers.BertConfig(**SHAPE), ()),
+    "bert-decoder": (transformers.BertLMHeadModel, transformers.BertConfig(**SHAPE, is_decoder=True), ()),
+    "bert-cross": (
+        transformers.BertLMHeadModel,
+        transformers.BertConfig(**SHAPE, is_decoder=True, add_cross_attention=True),
+        ("encoder_hidden_states", "encoder_attention_mask"),
+    ),
+    "modernbert": (
+        transformers.ModernBertModel,
+        transformers.ModernBertConfig(**SHAPE, local_attention=4),
+        (),
+    ),
+    "gpt2-cross": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=101, add_cross_attention=True),
+        ("encoder_hidden_states", "encoder_attention_mask"),
+    ),
+    "vit": (transformers.ViTModel, transformers.ViTConfig(**VISION), ("pixel_values",)),
+    "clip": (
+        transformers.CLIPModel,
+        transformers.CLIPConfig(text_config=SHAPE, vision_config=VISION, projection_dim=32),
+        ("pixel_values",),
+    ),
+    "bart": (
+        transformers.BartForConditionalGeneration,
+        transformers.BartConfig(**TRANSLATOR, vocab_size=101, pad_token_id=0, decoder_start_token_id=2),
+        ("decoder_input_ids",),
+    ),
+    "whisper": (
+        transformers.WhisperForConditionalGeneration,
+        transformers.WhisperConfig(
+            **TRANSLATOR, vocab_size=101, pad_token_id=0, num_mel_bins=8, max_source_positions=20
+        ),
+        ("input_features", "decoder_input_ids"),
+    ),
+}
+
+
+@pytest.fixture(params=OTHERS)
+def other(request, ids):
+    """A model, the arguments of a call, and which rows of its result are no padding."""
+    kind, config, names = OTHERS[request.param]
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+    ids[:, 8] = 2  # the text's end, whose row CLIP takes
+    given = {
+        "encoder_hidden_states": torch.randn(2, 19, 64),
+        "encoder_attention_mask": mask,
+        "pixel_values": torch.randn(2, 3, 16, 16),
+        "input_features": torch.randn(2, 8, 40),
+        "decoder_input_ids": ids[:, :7],
+    }
+    inputs = {name: given[name] for name in names}
+    if not {"input_features", "encoder_hidden_states"} & inputs.keys() and request.param != "vit":
+        inputs |= {"input_ids": ids, "attention_mask": mask}
+    elif "encoder_hidden_states" in inputs:
+        inputs["input_ids"] = ids[:, :7]
+    return randomized(kind(config)), inputs
+
+
+def result(model, inputs):
+    """(rows, width): of the tokens that are no padding."""
+    found = model(**{k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()})
+    rows = next(found[name] for name in ("logits_per_image", "logits", "last_hidden_state") if name in found)
+    mask = inputs.get("attention_mask")
+    return rows[mask.bool()] if mask is not None and rows.shape[:2] == mask.shape else rows.flatten(0, -2)
+
+
+@torch.no_grad()
+def test_encoders_and_cross_attention(other):
+    model, inputs = other
+    expected = result(copy.deepcopy(model).double(), inputs)
+    plain = result(with_attention(model, "eager"), inputs)
+    got = result(with_attention(model, fastgpt.register()), inputs)
+    assert_parity("output", got, plain, expected)
+    if model._supports_attention_backend:
+        assert_parity("output", result(fastgpt.patch(copy.deepcopy(model)), inputs), plain, expected)
+    else:  # BART, Whisper
+        with pytest.raises(TypeError, match=r"^model: got \w+, whose attention transformers does not let"):
+            fastgpt.patch(model)
+
+
+def test_gradients_of_encoders_and_cross_attention(other):
+    model, inputs = other
+    dout = torch.randn_like(result(model, inputs))
+
+    def gradients(model):
+        result(model, inputs).backward(dout.to(model.dtype))
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(copy.deepcopy(model).double())
+    plain = gradients(with_attention(model, "eager"))
+    got = gradients(with_attention(model, fastgpt.register()))
+    assert got.keys() == expected.keys()
+    for name, grad in got.items():
+        assert_parity(name, grad, plain[name], expected[name], factor=3)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_tokens_of_an_encoder_and_decoder(ids, beams):
+    kind, config, _ = OTHERS["bart"]
+    model = randomized(kind(config))
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+
+    def generate(model):
+        options = {"num_beams": beams, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        return model.generate(ids, attention_mask=mask, **options)
+
+    assert torch.equal(generate(with_attention(model, fastgpt.register())), generate(model))
