@@ -32,6 +32,7 @@ import logging
 import math
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ from fastgpt.ops.attention.library import pack
 from fastgpt.ops.attention.spec import FEATURES, AttentionCall, AttentionSpec, AttentionTensors, used
 from fastgpt.ops.torch import own_sdpa
 
-DEVICES = ("CPU", "CUDA")
+SDPA = "scaled_dot_product_attention"
 MHA = "_native_multi_head_attention"
 # The fewest multiply-adds of q kᵀ for which fastgpt takes less time than torch, by whether storage has 16
 # bits and whether gradients are asked for. Torch's time over fastgpt's, 2 threads, AVX-512, torch 2.13: fp32
@@ -62,6 +63,9 @@ FEWEST_MHA = 1 << 24
 _lock = threading.RLock()
 _active: list[Serving] = []
 _libraries: list[torch.library.Library] = []  # what the first of _active has registered
+# A call does not hold the kernel that torch's dispatcher has found for it. Freed meanwhile by another thread,
+# one has been seen to run as some other function; so the last few hundred are kept.
+_alive: deque[Any] = deque(maxlen=1024)
 
 
 class _Shape(NamedTuple):
@@ -82,20 +86,18 @@ def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
     return tuple(result)
 
 
-def _shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> _Shape | None:
+def _shape(query: Tensor, key: Tensor, enable_gqa: bool) -> _Shape | None:
     """None where torch refuses them."""
-    rank = max(4, query.dim(), key.dim(), value.dim())
-    q, k, v = ((1,) * (rank - t.dim()) + tuple(t.shape[:-2]) for t in (query, key, value))
-    batch, heads = _broadcast(q[:-1], k[:-1], v[:-1]), (q[-1], k[-1], v[-1])
+    rank = max(4, query.dim(), key.dim())
+    (*batch_q, nheads), (*batch_k, nheads_k) = (
+        (1,) * (rank - t.dim()) + tuple(t.shape[:-2]) for t in (query, key)
+    )
+    batch, heads = _broadcast(tuple(batch_q), tuple(batch_k)), _broadcast((nheads,), (nheads_k,))
     if batch is None:
         return None
-    if enable_gqa:
-        fits = heads[1] == heads[2] and heads[0] % heads[1] == 0
-        return _Shape(batch, heads[0], heads[1]) if fits else None
-    if heads[1] == heads[2] == 1:
-        return _Shape(batch, heads[0], 1)
-    both = _broadcast(*((n,) for n in heads))
-    return None if both is None else _Shape(batch, both[0], both[0])
+    if nheads_k == 1 or (enable_gqa and nheads % nheads_k == 0):
+        return _Shape(batch, nheads, nheads_k)
+    return None if enable_gqa or heads is None else _Shape(batch, *heads, *heads)
 
 
 def _refused(
@@ -107,7 +109,7 @@ def _refused(
         return "nested or sparse tensors, or several devices"
     if min(query.dim(), key.dim(), value.dim()) < 2 or not all(t.numel() for t in tensors):
         return "tensors without elements or rows"
-    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+    if query.shape[-1] != key.shape[-1] or key.shape[:-1] != value.shape[:-1]:
         return "query, key and value of sizes that differ"
     if query.dtype not in checks.FLOATING or not query.dtype == key.dtype == value.dtype:
         return f"query, key and value of {query.dtype}, {key.dtype} and {value.dtype}"
@@ -142,12 +144,12 @@ def unserved(
 ) -> str | None:
     """Why a call of F.scaled_dot_product_attention is left to torch; None if fastgpt serves it.
 
-    Reads metadata only, so that tensors on the meta device do. The arguments are those of torch's function,
-    backend is that of :func:`enable`.
+    Reads metadata alone, of fake tensors as well. The arguments are those of torch's function, backend is
+    that of :func:`enable`.
     """
     if reason := _refused(query, key, value, attn_mask, dropout_p, scale):
         return reason
-    shape = _shape(query, key, value, enable_gqa)
+    shape = _shape(query, key, enable_gqa)
     if shape is None:
         return "query, key and value of batches or heads that do not broadcast"
     if attn_mask is not None:
@@ -203,9 +205,9 @@ def _attend(
     backend: str | None,
 ) -> Tensor:
     """What :func:`unserved` has nothing against."""
-    shape = _shape(query, key, value, enable_gqa)
+    shape = _shape(query, key, enable_gqa)
     assert shape is not None
-    rank = max(query.dim(), key.dim(), value.dim())
+    rank = max(query.dim(), key.dim())
 
     def bhsd(t: Tensor, nheads: int) -> Tensor:
         """(batch, nheads, seqlen, headdim), a view where batches merge and rows are dense."""
@@ -268,7 +270,7 @@ def _kernel(
     """aten::scaled_dot_product_attention."""
     args, backend = (query, key, value, attn_mask, dropout_p, is_causal), _backend()
     reason = _around(query, key, value, attn_mask) or unserved(*args, scale, enable_gqa, backend)
-    if _left("scaled_dot_product_attention", reason):
+    if _left(SDPA, reason):
         return own_sdpa(*args, scale=scale, enable_gqa=enable_gqa)
     return _attend(*args, scale, enable_gqa, backend)
 
@@ -283,26 +285,24 @@ def _unserved_mha(
     key: Tensor,
     value: Tensor,
     num_head: int,
-    mask: Tensor | None,
+    hidden: Tensor | None,
     need_weights: bool,
     backend: str | None,
     *weights: Tensor,
 ) -> str | None:
-    if reason := _around(query, key, value, mask, *weights):
+    if reason := _around(query, key, value, hidden, *weights):
         return reason
     if need_weights:
         return "the weights are to be returned, which fastgpt never stores"
-    if query is not key or key is not value or query.dim() != 3:
-        return "query, key and value are not one tensor of three dimensions"
-    if query.shape[-1] % num_head or any(t.dtype != query.dtype for t in weights):
-        return "weights of another dtype, or heads that do not divide them"
-    heads = query.unflatten(-1, (num_head, -1)).transpose(1, 2)
-    if reason := unserved(heads, heads, heads, mask, backend=backend):
+    if query.dim() != 3 or query.shape[-1] % num_head or any(t.dtype != query.dtype for t in weights):
+        return "weights of another dtype, heads that do not divide them, or no batch"
+    q, k, v = (t.unflatten(-1, (num_head, -1)).transpose(1, 2) for t in (query, key, value))
+    if reason := unserved(q, k, v, hidden, backend=backend):
         return reason
     if dispatch.requested(backend) == "auto" and query.is_cpu:
-        if mask is None and query.dtype.itemsize == 2:
+        if hidden is None and query.dtype.itemsize == 2:
             return f"{query.dtype} without a mask, for which torch takes as little time"
-        if query.numel() * query.shape[1] < FEWEST_MHA:
+        if query.numel() * key.shape[1] < FEWEST_MHA:
             return f"under {FEWEST_MHA:,} multiply-adds, for which torch takes less time"
     return None
 
@@ -336,7 +336,12 @@ def _mha_kernel(
     if _left(MHA, reason):
         options = (mask, need_weights, average_attn_weights, mask_type)
         return original(query, key, value, embed_dim, num_head, *weights, *options)
-    q, k, v = F.linear(query, qkv_weight, qkv_bias).unflatten(-1, (3, num_head, -1)).unbind(2)
+    if query is key is value:
+        projected = F.linear(query, qkv_weight, qkv_bias).chunk(3, -1)
+    else:  # autocast makes one tensor three
+        parts = zip((query, key, value), qkv_weight.chunk(3), qkv_bias.chunk(3), strict=True)
+        projected = tuple(F.linear(*part) for part in parts)
+    q, k, v = (t.unflatten(-1, (num_head, -1)) for t in projected)
     visible = None if hidden is None else ~hidden.bool()
     out: Any = attention(q, k, v, causal=False, attn_bias=visible, backend=backend)
     return F.linear(out.flatten(2), proj_weight, proj_bias), None
@@ -360,7 +365,21 @@ def _override(kernels: dict[tuple[str, str], Callable[..., Any]]) -> torch.libra
         warnings.simplefilter("ignore")
         for (operator, key), kernel in kernels.items():
             library.impl(operator, kernel, key, allow_override=True)
+            _alive.append(torch.library.get_kernel(f"aten::{operator}", key))
     return library
+
+
+def _kernels() -> dict[tuple[str, str], Callable[..., Any]]:
+    # Below autograd, in inference mode, BackendSelect comes before the devices. With a kernel for a device
+    # itself, torch.export would take the operator for one that is not composed of others, and keep it.
+    kernels: dict[tuple[str, str], Callable[..., Any]] = {
+        (SDPA, "AutogradCPU"): _kernel,
+        (SDPA, "AutogradCUDA"): _kernel,
+        (SDPA, "BackendSelect"): _kernel_below_autograd,
+    }
+    if original := _original(MHA, "CPU"):
+        kernels[MHA, "CPU"] = functools.partial(_mha_kernel, original)
+    return kernels
 
 
 class Serving:
@@ -370,13 +389,7 @@ class Serving:
         self.backend = backend
         with _lock:
             if not _active:
-                kernels: dict[tuple[str, str], Callable[..., Any]] = {}
-                for device in DEVICES:
-                    kernels["scaled_dot_product_attention", f"Autograd{device}"] = _kernel
-                    kernels["scaled_dot_product_attention", device] = _kernel_below_autograd
-                if original := _original(MHA, "CPU"):
-                    kernels[MHA, "CPU"] = functools.partial(_mha_kernel, original)
-                _libraries.append(_override(kernels))
+                _libraries.append(_override(_kernels()))
             _active.append(self)
 
     def __enter__(self) -> Serving:
@@ -401,9 +414,9 @@ def enable(backend: str | None = None) -> Serving:
     :func:`fastgpt.attention` in the whole process, where that is faster.
 
     Its meaning is torch's: top-left causal masks, boolean and additive masks (with their gradient), dropout
-    (with other bits), GQA, broadcasting, any number of batch axes, autocast. (batch, nheads, seqlen, headdim)
-    is read where it lies. A row that sees no key gives 0. nn.MultiheadAttention with need_weights=True is left
-    to torch.
+    (of other bits), GQA, broadcasting, any number of batch axes, autocast. Tensors of (batch, nheads, seqlen,
+    headdim) are read where they lie. A row that sees no key gives 0. nn.MultiheadAttention is left to torch
+    where need_weights is True.
 
     Args:
         backend: serves all that it can, faster or not, and torch the rest. Default ``FASTGPT_BACKEND``, else
@@ -419,9 +432,7 @@ def enable(backend: str | None = None) -> Serving:
     """
     asked = dispatch.requested(backend)
     if asked != "auto" and (reason := dispatch.unavailable(asked)):
-        raise dispatch.BackendUnsupported(
-            f"backend {asked!r} cannot serve scaled_dot_product_attention: {reason}"
-        )
+        raise dispatch.BackendUnsupported(f"backend {asked!r} cannot serve {SDPA}: {reason}")
     return Serving(backend)
 
 
