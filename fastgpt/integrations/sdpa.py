@@ -540,7 +540,7 @@ class FlashAttention:
                 options |= {"cu_seqlens_q": cum_seq_q, "cu_seqlens_k": cum_seq_k}
                 out, lse = attention_varlen(query, key, value, **options)
         state = query.new_zeros(2, dtype=torch.uint64) if rng_state is None else rng_state.view(torch.uint64)
-        return out, lse, state, query.new_zeros((), dtype=torch.uint64), query.new_empty(0)
+        return _like(query, out), lse, state, query.new_zeros((), dtype=torch.uint64), query.new_empty(0)
 
     def forward_inplace(self, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result, lse, *_ = self.forward(*args, **kwargs)
@@ -591,7 +591,7 @@ class FlashAttention:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         args: Any = (q, k, v, None, None, *lengths, dropout_p, is_causal, return_debug_mask)
         out, lse, *rest = self.forward(*args, scale=scale)
-        return _like(query, out.transpose(1, 2)), lse, None, None, *lengths, *rest
+        return out.transpose(1, 2), lse, None, None, *lengths, *rest
 
     def sdpa_backward(
         self,
@@ -606,7 +606,7 @@ class FlashAttention:
     ) -> tuple[Tensor, ...]:
         bshd = [t.transpose(1, 2) for t in (grad_out, query, key, value, out)]
         grads: Any = self.backward(*(*bshd, logsumexp, *args), scale=scale)
-        return tuple(_like(t, d.transpose(1, 2)) for t, d in zip((query, key, value), grads, strict=True))
+        return tuple(d.transpose(1, 2) for d in grads)
 
 
 def _like(t: Tensor, result: Tensor) -> Tensor:
