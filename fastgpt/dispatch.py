@@ -186,7 +186,7 @@ def resolve(call: Call, name: str) -> str:
                 return candidate
             missing = " and ".join(sorted(set(gpus)))
             refused[candidate] = [f"its parity on {missing} is not on record"]
-            _say_once(
+            say_once(
                 logging.WARNING,
                 f"fastgpt: `auto` passes over {candidate} kernels whose parity on {missing} is not on "
                 f"record: run `fastgpt verify` once there, hide that GPU by CUDA_VISIBLE_DEVICES, or ask for "
@@ -194,7 +194,7 @@ def resolve(call: Call, name: str) -> str:
             )
         if any("FASTGPT_CPU_ISA" in reason for reason in refused[candidate]):
             raise BackendUnsupported("; ".join(refused[candidate]))  # asked for, so not passed over
-        _say_once(logging.DEBUG, f"{call.op}: {candidate} passed over: {'; '.join(refused[candidate])}")
+        say_once(logging.DEBUG, f"{call.op}: {candidate} passed over: {'; '.join(refused[candidate])}")
     listed = "\n".join(f"  - {name}: {reason}" for name, reasons in refused.items() for reason in reasons)
     raise BackendUnsupported(f"no backend can serve {call.describe()}:\n{listed}")
 
@@ -245,7 +245,7 @@ def warn_if_slow(asked: str, op: str, elements: int, stacklevel: int) -> None:
         )
 
 
-def _say_once(level: int, text: str) -> None:
+def say_once(level: int, text: str) -> None:
     if text not in _said:
         _said.add(text)
         logger.log(level, text)

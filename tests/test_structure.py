@@ -40,7 +40,7 @@ LAYERS = [
     ("fastgpt.dispatch",),
     ("fastgpt.proof",),
     tuple(f"fastgpt.ops.{op}.{name}" for op in OPS for name in IMPLEMENTATIONS),
-    ("fastgpt.ops.launch", "fastgpt.ops.cuda"),
+    ("fastgpt.ops.launch", "fastgpt.ops.cuda", "fastgpt.ops.torch"),
     ("fastgpt.ops.checks", "fastgpt.ops.native", "fastgpt.ops.device", "fastgpt.ops.vmap"),
     ("fastgpt.ops.philox", *(f"fastgpt.ops.{op}.spec" for op in OPS)),
 ]
@@ -175,9 +175,13 @@ def test_import_takes_little_longer_than_torch():
 def test_nothing_in_torch_is_replaced_at_import():
     code = (
         "import torch, torch.nn.functional as F\n"
-        "before = F.scaled_dot_product_attention, F.layer_norm, torch.nn.LayerNorm.forward\n"
-        "import fastgpt, fastgpt.integrations.transformers\n"
-        "assert before == (F.scaled_dot_product_attention, F.layer_norm, torch.nn.LayerNorm.forward)\n"
+        "def place():\n"
+        "    key = 'aten::scaled_dot_product_attention', 'AutogradCPU'\n"
+        "    own = torch._C._dispatch_has_kernel_for_dispatch_key(*key)\n"
+        "    return own, F.scaled_dot_product_attention, F.layer_norm, torch.nn.LayerNorm.forward\n"
+        "before = place()\n"
+        "import fastgpt, fastgpt.integrations.transformers, fastgpt.integrations.sdpa\n"
+        "assert before == place() and not before[0]\n"
     )
     result = python(code)
     assert result.returncode == 0, result.stderr

@@ -7,11 +7,11 @@ autograd, so it is called directly and not as a ``fastgpt::`` operator.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
 from fastgpt.ops.checks import concrete
+from fastgpt.ops.torch import own_sdpa
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -62,7 +62,7 @@ def scaled_dot_product_attention(
         bias = bias.to(q.dtype)
     plain_causal = spec.window_left < 0 and spec.window_right == 0 and sq == sk and bias is None
     one_query = spec.window_left < 0 and spec.window_right == 0 and sq == 1  # it sees every key
-    out = F.scaled_dot_product_attention(
+    out = own_sdpa(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.decode.spec import DecodeCall, DecodeSpec, DecodeTensors
+from fastgpt.ops.torch import own_sdpa
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -62,7 +62,7 @@ def forward(
             # Behind a sequence's keys the cache may hold NaN, which 0 · NaN would let through.
             behind = (j >= lengths)[..., None, None]
             keys, values = keys.masked_fill(behind, 0), values.masked_fill(behind, 0)
-    out = F.scaled_dot_product_attention(
+    out = own_sdpa(
         q.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
