@@ -11,10 +11,11 @@ import transformers
 from backends import assert_parity
 from test_gpt import GPT2, eager, random_model
 from transformers import AttentionInterface
+from transformers.pytorch_utils import Conv1D
 
 import fastgpt
 from fastgpt import demo
-from fastgpt.integrations.transformers import attention, norms
+from fastgpt.integrations.transformers import attention, linear, norms
 
 NAMES = ["gpt2", "llama", "llama-gqa-tied", "llama3-biases"]
 LAYERS = 3
@@ -300,11 +301,16 @@ def test_the_demo_times_as_many_tokens_by_all_three(ids, monkeypatch):
     assert all(line.seconds > 0 and line.torch_seconds > 0 for line in lines)
 
 
+def _linears(model):
+    return sum(type(module).__name__ in ("Linear", "Conv1D") for module in model.modules())
+
+
 def test_the_summary_is_printed(hf, capsys):
     fused = f" ({LAYERS} of them with the residual's addition)" if hf.config.model_type == "gpt2" else ""
     said = {
         "attention": f"{LAYERS} attentions",
         "norm": f"{NORMS} norms{fused}",
+        "linear": f"{_linears(hf)} linear layers where rows are few",
         "cache": "a cache that appends in place",
     }
     for left in (None, *said):
@@ -486,7 +492,7 @@ def test_which_norms_are_swapped(any_model, capsys):
     fastgpt.patch(any_model)
     fused = " (3 of them with the residual's addition)" if name == "gpt2" else ""
     said = f"3 attentions, {norms} norms{fused}" + (f", left as they are: {left}" if left else "")
-    said += ", a cache that appends in place"
+    said += f", {_linears(any_model)} linear layers where rows are few, a cache that appends in place"
     assert capsys.readouterr().out == f"fastgpt: patched {type(any_model).__name__}: {said}\n"
 
 
@@ -506,6 +512,43 @@ def test_a_norm_that_computes_something_else_is_left(ids, capsys):
     fastgpt.patch(model)
     assert f"{NORMS - 1} norms, left as they are: OtherRMSNorm" in capsys.readouterr().out
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [(1,), (2, 2), (5,), ()])
+@pytest.mark.parametrize("sizes", [(24, 40), (21, 7), (4, 41)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_linear_layers_of_few_rows(kind, bias, sizes, rows):
+    module = torch.nn.Linear(*sizes, bias) if kind == "Linear" else Conv1D(*reversed(sizes))
+    x = torch.randn(*rows, 2 * sizes[0])[..., : sizes[0]]
+    weight = module.weight.T if kind == "Linear" else torch.nn.init.normal_(module.weight)
+    exact = x.double() @ weight.double() + (0 if module.bias is None else module.bias.double())
+    torchs = []
+    got = linear.linear_forward(module, lambda x: torchs.append(x) or module(x), x)
+    assert_parity("out", got, module(x), exact)
+    assert bool(torchs) == (rows == (5,))
+    with torch.enable_grad():
+        linear.linear_forward(module, lambda x: torchs.append(x), x)
+    linear.linear_forward(module, lambda x: torchs.append(x), x.bfloat16())
+    assert len(torchs) == 2 + (rows == (5,))
+
+
+@torch.no_grad()
+def test_which_products_a_patched_model_computes_in_parts(ids, monkeypatch):
+    seen = []
+    own = linear.linear_of_few_rows
+    monkeypatch.setattr(linear, "linear_of_few_rows", lambda *a, **k: seen.append(a) or own(*a, **k))
+    for name in ("gpt2", "llama"):
+        model = fastgpt.patch(random_model(name))
+        model(ids)
+        assert not seen
+        model(ids[:, :1])
+        assert len(seen) == _linears(model)
+        seen.clear()
+        fastgpt.unpatch(model)(ids[:, :1])
+        fastgpt.patch(model.bfloat16())(ids[:, :1])
+        assert not seen
 
 
 def test_patching_draws_no_random_numbers(any_model):

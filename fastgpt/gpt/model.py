@@ -17,40 +17,22 @@ from torch import Tensor, nn
 from fastgpt.gpt import generate
 from fastgpt.gpt.config import GPTConfig
 from fastgpt.kv_cache import KVCache
+from fastgpt.nn import has_few_rows, linear_of_few_rows
 from fastgpt.ops.attention.api import attention
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PARTS = 8  # of a weight's rows, for PARTS_ROWS rows of x or fewer on the CPU
-PARTS_ROWS = 4
-
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that reads the weight at memory speed where there are only a few rows to multiply.
-
-    torch multiplies one fp32 row by a matrix on one thread of the CPU; a batch of products, one for each
-    part of the weight's rows, runs on all of them (docs/log.md: 2.9 times as fast with 2 threads).
-    """
+    """``nn.Linear`` that reads the weight at memory speed where there are only a few rows to multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
-        rows = x.numel() // self.in_features
-        plain = type(x) is Tensor and x.is_cpu and x.dtype == torch.float32
-        plain = plain and not torch.is_autocast_enabled("cpu")
-        if rows > PARTS_ROWS or not plain:
-            return F.linear(x, self.weight, self.bias)
-        columns = x.reshape(-1, self.in_features).t()
-        weight, rest = self.weight, self.out_features % PARTS
-        if rest:
-            weight = weight[:-rest]
-        parts = weight.view(PARTS, -1, self.in_features)
-        out = torch.bmm(parts, columns.expand(PARTS, -1, -1)).flatten(0, 1)
-        if rest:
-            out = torch.cat((out, self.weight[-rest:] @ columns))
-        out = out.t().contiguous().view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias
+        if has_few_rows(x, self.weight):
+            return linear_of_few_rows(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):

@@ -1,4 +1,4 @@
-"""fastgpt's attention, norms and cache inside a loaded transformers model, and back again.
+"""fastgpt's attention, norms, cache and products inside a loaded transformers model, and back again.
 
     model = fastgpt.patch(AutoModelForCausalLM.from_pretrained("gpt2"))
     ...
@@ -6,9 +6,9 @@
 
 The attention goes through the interface that transformers has for it: a name in its registries of
 attention and mask functions (``attention.py``; ``batching.py`` for generate_batch), which the model's config
-then asks for. The norms get a ``forward`` of their own on the instance (``norms.py``). A DynamicCache that
-the model is given gets layers that append in place (``cache.py``). Nothing else changes: no class, no weight,
-no module, no global but those names.
+then asks for. Norms and linear layers get a ``forward`` of their own on the instance (``norms.py``,
+``linear.py``). A DynamicCache that the model is given gets layers that append in place (``cache.py``).
+Nothing else changes: no class, no weight, no module, no global but those names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import nn
 from fastgpt import dispatch
 from fastgpt.integrations.transformers.attention import NAME, attention_forward, attention_mask, register
 from fastgpt.integrations.transformers.batching import continuous_batching
+from fastgpt.integrations.transformers.linear import is_linear, linear_forward
 from fastgpt.integrations.transformers.norms import gpt2_block_forward, is_gpt2_block, norm_forward, norm_of
 
 if TYPE_CHECKING:
@@ -110,9 +111,10 @@ def patch(
     attention: bool = True,
     norm: bool = True,
     cache: bool = True,
+    linear: bool = True,
     backend: str | None = None,
 ) -> Model:
-    """Swaps attention, norms and cache of a loaded transformers model for fastgpt's, and prints which.
+    """Swaps parts of a loaded transformers model for fastgpt's, in place, and prints which.
 
     Attention is that of every architecture that lets transformers choose it: masks, windows, softcap and
     sinks included. Norms are nn.LayerNorm and RMS norms, known by what they compute; GPT-2's blocks add the
@@ -127,6 +129,8 @@ def patch(
         cache: a DynamicCache, generate()'s default, that the model is called with appends in place from then
             on, where transformers copies all of it at every token. What ``crop`` cuts off is overwritten by
             the next token, in tensors taken from the cache before, too.
+        linear: layers that multiply up to 4 rows of float32 on a CPU, without gradients, do so on all
+            threads; generate() with one sequence spends most of its time there.
         backend: of attention and norms; default ``FASTGPT_BACKEND``, else ``auto``.
 
     Returns:
@@ -167,6 +171,11 @@ def patch(
         said.append(f"{sum('is_causal' in vars(module) for module in model.modules())} attentions")
     if norm:
         said += _patch_norms(model, record, backend)
+    linears = [module for module in model.modules() if is_linear(module)] if linear else []
+    for module in linears:
+        _set_forward(record, module, linear_forward)
+    if linears:
+        said.append(f"{len(linears)} linear layers where rows are few")
     if cache:
         record.hooks.append(model.register_forward_pre_hook(_append_in_place, with_kwargs=True))
         said.append("a cache that appends in place")
@@ -183,7 +192,7 @@ def _patch_norms(model: PreTrainedModel, record: Patch, backend: str | None) -> 
             _set_forward(record, module, norm_forward, what, backend)
         elif "Norm" in type(module).__name__:
             left.add(type(module).__name__)
-    said = f"{len(record.forwards)} norms"
+    said = f"{len(record.forwards)} norms"  # so far
     blocks = [module for module in model.modules() if is_gpt2_block(module)]
     for block in blocks:
         _set_forward(record, block, gpt2_block_forward)
