@@ -120,12 +120,13 @@ PARTS = 8  # of a weight
 MOST_ROWS = 4
 
 
-def has_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`linear_of_few_rows` is the faster way to ``x @ weight``, x (..., in_features)."""
+def has_few_rows(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
+    """Whether :func:`linear_of_few_rows` takes these, and is the faster way."""
     if not (type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 == weight.dtype):
         return False
     plain = type(weight) in PLAIN_TENSORS and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
-    return plain and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+    fits = x.dim() > 0 and x.shape[-1] == weight.shape[0 if transposed else 1]
+    return plain and fits and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
 
 
 def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:

@@ -35,6 +35,8 @@ def test_use_and_models_that_you_have(folder):
     for heading in (
         "## Use",
         "### In a model that you have",
+        "### In any PyTorch model",
+        "### Sharded, checkpointed, vectorised",
         "### In code that is written for flash-attn",
         "### The GPT",
     ):

@@ -1,6 +1,8 @@
 """fastgpt.register, patch and unpatch on transformers' models."""
 
 import copy
+import importlib
+import inspect
 import pickle
 import subprocess
 import sys
@@ -11,11 +13,14 @@ import transformers
 from backends import assert_parity
 from test_gpt import GPT2, eager, random_model
 from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import fastgpt
 from fastgpt import demo
+from fastgpt.integrations import transformers as integration
 from fastgpt.integrations.transformers import attention, linear, norms
+from fastgpt.nn import replace_norms
 
 NAMES = ["gpt2", "llama", "llama-gqa-tied", "llama3-biases"]
 LAYERS = 3
@@ -549,6 +554,117 @@ def test_which_products_a_patched_model_computes_in_parts(ids, monkeypatch):
         fastgpt.unpatch(model)(ids[:, :1])
         fastgpt.patch(model.bfloat16())(ids[:, :1])
         assert not seen
+
+
+HYBRIDS = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "zamba2", "nemotron_h")
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_norms_that_take_more_than_x_are_left(name):
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    kinds = {n: kind for n, kind in vars(module).items() if "RMSNorm" in n and isinstance(kind, type)}
+    gated = [n for n, kind in kinds.items() if len(inspect.signature(kind.forward).parameters) > 2]
+    assert gated
+    for n in gated:
+        sizes = {"group_size": 16} if "group_size" in inspect.signature(kinds[n]).parameters else {}
+        assert norms.norm_of(kinds[n](32, **sizes)) is None
+
+
+@pytest.mark.parametrize("change", ["outside", "raises"])
+def test_a_norm_whose_eps_is_elsewhere_or_that_fails_is_left(change):
+    class RMSNormToo(LlamaRMSNorm):
+        def forward(self, x):
+            if change == "raises":
+                raise RuntimeError("not today")
+            rms = x.float().square().mean(-1, keepdim=True).sqrt()
+            return self.weight * (x / (rms + self.variance_epsilon)).to(x.dtype)
+
+    assert norms.norm_of(LlamaRMSNorm(64, eps=1e-6)) is not None
+    assert norms.norm_of(RMSNormToo(64, eps=1e-6)) is None
+
+
+def test_patching_that_fails_leaves_nothing(hf, ids, monkeypatch):
+    expected, before = hf(ids).logits, state(hf)
+    monkeypatch.setattr(integration, "is_linear", lambda module: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fastgpt.patch(hf)
+    assert state(hf) == before
+    monkeypatch.undo()
+    fastgpt.unpatch(fastgpt.patch(hf))
+    assert torch.equal(hf(ids).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_norms_that_are_replaced_by_others(ids, when):
+    model = random_model("gpt2")
+    expected, other = model(ids).logits, eager(model)(ids).logits
+    if when == "before":
+        replace_norms(model)
+    fastgpt.patch(model)
+    if when == "after":
+        for block in model.transformer.h:
+            own = torch.nn.LayerNorm(block.ln_2.weight.shape, eps=block.ln_2.eps)
+            own.load_state_dict(block.ln_2.state_dict())
+            block.ln_2 = own
+    assert_parity("logits", model(ids).logits, other, expected)
+
+
+@torch.no_grad()
+def test_integers_are_no_mask(hf, ids):
+    fastgpt.patch(hf)
+    mask = torch.ones(2, 1, 19, 19, dtype=torch.int32).tril()
+    with pytest.raises(TypeError, match=r"^attention_mask: got torch.int32, expected bool or floating point"):
+        hf(ids, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_a_layer_of_few_rows_refuses_other_sizes_as_torch_does(ids):
+    model = random_model("gpt2")
+    layer, x = model.transformer.h[0].attn.c_attn, torch.randn(1, model.config.n_embd + 4)
+    with pytest.raises(RuntimeError) as theirs:
+        layer(x)
+    fastgpt.patch(model)
+    with pytest.raises(RuntimeError) as ours:
+        layer(x)
+    assert str(ours.value) == str(theirs.value)
+
+
+CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def clip():
+    config = transformers.CLIPConfig(
+        text_config=CLIP | {"vocab_size": 101, "eos_token_id": 2},
+        vision_config=CLIP | {"image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+    return transformers.CLIPModel(config).eval()
+
+
+def asked(model):
+    return [
+        c._attn_implementation for c in (model.config, model.config.text_config, model.config.vision_config)
+    ]
+
+
+def test_unpatch_restores_the_configs_inside():
+    model = clip()
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    before = asked(model)
+    assert before[1:] == ["eager", "sdpa"]
+    fastgpt.patch(model)
+    assert asked(model) == ["fastgpt"] * 3
+    fastgpt.unpatch(model)
+    assert asked(model) == before
+
+
+def test_a_tower_that_computes_its_own_attention_is_left(capsys, monkeypatch):
+    model = clip()
+    monkeypatch.setattr(type(model.vision_model), "_supports_attention_backend", False)
+    fastgpt.patch(model)
+    assert asked(model) == ["fastgpt", "fastgpt", "sdpa"]
+    assert f"attention left as it is in {type(model.vision_model).__name__}" in capsys.readouterr().out
 
 
 def test_patching_draws_no_random_numbers(any_model):

@@ -17,6 +17,12 @@ WINDOW = 8
 LAYERS = 3
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
 def config(windows):
     return transformers.MistralConfig(
         num_hidden_layers=LAYERS, sliding_window=WINDOW if windows else None, num_attention_heads=4
@@ -50,38 +56,63 @@ def test_whatever_is_done_with_a_cache(windows):
     caches = pair(windows)
     batch = 2
     done = set()
-    for _ in range(150):
-        deed = int(torch.randint(12, ()))
+    needed = {"crop", "reorder", "repeat", "select", "deepcopy", "branch", "reset", "update"}
+    while not done >= needed:
+        deed = sorted(needed)[int(torch.randint(len(needed), ()))] if int(torch.randint(2, ())) else "update"
         length = caches[0].get_seq_length()
         index = torch.randint(batch, (batch,))
-        if deed == 0 and length > 0 and (not windows or length < WINDOW):
-            cut = -int(torch.randint(1, length + 1, ()))
+        if deed == "crop" and length > 1 and (not windows or length < WINDOW):
+            cut = -int(torch.randint(1, length, ()))
             for cache in caches:
                 cache.crop(cut)
-        elif deed == 1 and length:
+        elif deed == "reorder" and length:
             for cache in caches:
                 cache.reorder_cache(index)
-        elif deed == 2 and length and batch < 4:
+        elif deed == "repeat" and length and batch < 4:
             batch *= 2
             for cache in caches:
                 cache.batch_repeat_interleave(2)
-        elif deed == 3 and length and batch > 1:
+        elif deed == "select" and length and batch > 1:
             batch -= 1
             for cache in caches:
                 cache.batch_select_indices(index[:batch])
-        elif deed == 4:
+        elif deed == "deepcopy":
             caches = copy.deepcopy(caches)
-        elif deed == 5 and int(torch.randint(5, ())) == 0:
+        elif deed == "branch" and length:
+            branches = [branch(cache) for cache in caches]
+            for layer in range(LAYERS):
+                update(branches, layer, batch, 2)
+            assert_same(*branches)
+        elif deed == "reset" and length > 20:
             for cache in caches:
                 cache.reset()
         else:
-            deed = 6
+            deed = "update"
             count = int(torch.randint(1, 4, ())) if int(torch.randint(10, ())) else 90
             for layer in range(LAYERS):
                 update(caches, layer, batch, count)
         done.add(deed)
         assert_same(*caches)
-    assert {1, 4, 6} <= done
+
+
+def branch(cache):
+    """Of the same tensors, with layers of its own."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
+def test_what_was_taken_from_a_cache_stays():
+    caches = pair(False)
+    update(caches, 0, 1, 5)
+    taken = caches[1].layers[0].keys, caches[1].layers[0].values
+    before = [t.clone() for t in taken]
+    for cache in caches:
+        cache.crop(-2)
+    update(caches, 0, 1, 3)
+    assert_same(*caches)
+    for now, then in zip(taken, before, strict=True):
+        assert torch.equal(now, then)
 
 
 @pytest.mark.parametrize("windows", [False, True])
@@ -135,15 +166,21 @@ def test_what_torch_cat_refuses_is_refused():
     update(caches, 0, 1, 1, dtype=torch.float64)  # which it promotes
 
 
-def test_gradients_reach_what_was_appended():
-    caches = pair(False)
+@torch.enable_grad()
+@pytest.mark.parametrize("whose", ["keys", "queries"])
+def test_gradients_reach_what_was_appended(whose):
     grads = []
-    for cache in caches:
-        k, v = (torch.linspace(i, 1, 40).view(1, 2, 4, 5).requires_grad_() for i in range(2))
+    for cache in pair(False):
+        k, v = (torch.linspace(i, 1, 40).view(1, 2, 4, 5) for i in range(2))
+        q = torch.linspace(1, 2, 40).view(1, 2, 4, 5)
+        leaves = [t.requires_grad_() for t in ((k, v) if whose == "keys" else (q,))]
+        loss = 0
         for part in range(2):
-            keys, values = cache.update(k[:, :, 2 * part : 2 * part + 2], v[:, :, 2 * part : 2 * part + 2], 0)
-        (keys * values).sum().backward()
-        grads.append((k.grad, v.grad))
+            rows = slice(2 * part, 2 * part + 2)
+            keys, values = cache.update(k[:, :, rows], v[:, :, rows], 0)
+            loss = loss + (q[:, :, : keys.shape[2]] * keys * values).sum()  # both are kept for backward
+        loss.backward()
+        grads.append([leaf.grad for leaf in leaves])
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other) and one.any()
 

@@ -62,10 +62,10 @@ def peak_memory(run: Callable[[], object], device: str) -> int | None:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status("VmRSS")
-        run()
-        return _status("VmHWM") - before
     except OSError:
         return None
+    run()
+    return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:

@@ -35,8 +35,8 @@ The JSON, one schema for every benchmark (SI units: seconds, bytes, FLOP):
         unit            of work: FLOP, B, token or call
         ceiling         the key of ``ceilings`` that the rate is held to; null if none
         share           rate / that ceiling
-        memory          of models: bytes that a call of fastgpt takes at its most, beside what is there before
-                        it, weights among that; else null
+        memory          of a model's prefill and training: bytes that a call of fastgpt takes at its most,
+                        beside what is there before it, weights among that; else null
         baseline_memory the same for each way of torch's, by name
 """
 

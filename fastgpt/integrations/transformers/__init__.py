@@ -21,7 +21,15 @@ import torch
 from torch import nn
 
 from fastgpt import dispatch
-from fastgpt.integrations.transformers.attention import NAME, attention_forward, attention_mask, register
+from fastgpt.integrations.transformers.attention import (
+    NAME,
+    Implementations,
+    attention_forward,
+    attention_mask,
+    implementations,
+    register,
+    restore,
+)
 from fastgpt.integrations.transformers.batching import continuous_batching
 from fastgpt.integrations.transformers.linear import is_linear, linear_forward
 from fastgpt.integrations.transformers.norms import gpt2_block_forward, is_gpt2_block, norm_forward, norm_of
@@ -41,7 +49,7 @@ BATCHING = "continuous_batching_context_manager"  # what generate_batch() runs i
 class Patch:
     """What :func:`patch` has changed in a model, for :func:`unpatch`."""
 
-    attn_implementation: str | None
+    implementations: Implementations  # that the model's config and those in it asked for
     backend: str | None
     forwards: list[tuple[nn.Module, Any]]  # each with the `forward` of its instance, None if it had none
     hooks: list[torch.utils.hooks.RemovableHandle]
@@ -127,8 +135,8 @@ def patch(
             torch.compile or DistributedDataParallel.
         attention, norm: what is swapped.
         cache: a DynamicCache, generate()'s default, that the model is called with appends in place from then
-            on, where transformers copies all of it at every token. What ``crop`` cuts off is overwritten by
-            the next token, in tensors taken from the cache before, too.
+            on, where transformers copies all of it at every token, unless gradients are enabled. (By the name
+            ``past_key_values`` to the model itself; with up to half of its size as room.)
         linear: layers that multiply up to 4 rows of float32 on a CPU, without gradients, do so on all
             threads; generate() with one sequence spends most of its time there.
         backend: of attention and norms; default ``FASTGPT_BACKEND``, else ``auto``.
@@ -160,44 +168,63 @@ def patch(
             "model: got output_attentions=True in its config, fastgpt's attention stores no weights"
         )
 
-    record = Patch(previous, backend, [], [])
-    said = []
-    if attention:
-        record.hooks.append(model.register_forward_pre_hook(_refuse_output_attentions, with_kwargs=True))
-        model.config._attn_implementation = register(backend)
-        if hasattr(model, BATCHING):
-            batching = functools.partial(continuous_batching, model, getattr(model, BATCHING), backend)
-            setattr(model, BATCHING, batching)
-        said.append(f"{sum('is_causal' in vars(module) for module in model.modules())} attentions")
-    if norm:
-        said += _patch_norms(model, record, backend)
-    linears = [module for module in model.modules() if is_linear(module)] if linear else []
-    for module in linears:
-        _set_forward(record, module, linear_forward)
-    if linears:
-        said.append(f"{len(linears)} linear layers where rows are few")
-    if cache:
-        record.hooks.append(model.register_forward_pre_hook(_append_in_place, with_kwargs=True))
-        said.append("a cache that appends in place")
+    record = Patch(implementations(model.config), backend, [], [])
     setattr(model, RECORD, record)
+    try:
+        said = []
+        if attention:
+            said += _patch_attention(model, record)
+        if norm:
+            said += _patch_norms(model, record)
+        if linear and (linears := [module for module in model.modules() if is_linear(module)]):
+            for module in linears:
+                _set_forward(record, module, linear_forward)
+            said.append(f"{len(linears)} linear layers where rows are few")
+        if cache:
+            record.hooks.append(model.register_forward_pre_hook(_append_in_place, with_kwargs=True))
+            said.append("a cache that appends in place")
+    except BaseException:
+        unpatch(model)
+        raise
     print(f"fastgpt: patched {kind}: {', '.join(said)}")
     return wrapper
 
 
-def _patch_norms(model: PreTrainedModel, record: Patch, backend: str | None) -> list[str]:
-    """Returns what to say about it."""
+# Each returns what to say about it.
+
+
+def _patch_attention(model: Any, record: Patch) -> list[str]:
+    from transformers import PreTrainedModel
+
+    record.hooks.append(model.register_forward_pre_hook(_refuse_output_attentions, with_kwargs=True))
+    before = {id(config): implementation for config, implementation in record.implementations}
+    model.config._attn_implementation = register(record.backend)
+    left = set()
+    for part in model.modules():  # a tower that is a model of its own may not let others compute
+        if isinstance(part, PreTrainedModel) and not part._supports_attention_backend:
+            part.config._attn_implementation = before.get(id(part.config), part.config._attn_implementation)
+            left.add(type(part).__name__)
+    if hasattr(model, BATCHING):
+        batching = functools.partial(continuous_batching, model, getattr(model, BATCHING), record.backend)
+        setattr(model, BATCHING, batching)
+    said = [f"{sum('is_causal' in vars(module) for module in model.modules())} attentions"]
+    return [*said, f"attention left as it is in {', '.join(sorted(left))}"] if left else said
+
+
+def _patch_norms(model: PreTrainedModel, record: Patch) -> list[str]:
     left: set[str] = set()
+    norms = 0
     for module in model.modules():
         if (what := norm_of(module)) is not None:
-            _set_forward(record, module, norm_forward, what, backend)
+            _set_forward(record, module, norm_forward, what, record.backend)
+            norms += 1
         elif "Norm" in type(module).__name__:
             left.add(type(module).__name__)
-    said = f"{len(record.forwards)} norms"  # so far
-    blocks = [module for module in model.modules() if is_gpt2_block(module)]
+    patched = {id(module) for module, _ in record.forwards}
+    blocks = [m for m in model.modules() if is_gpt2_block(m) and id(m.ln_2) in patched]
     for block in blocks:
         _set_forward(record, block, gpt2_block_forward)
-    if blocks:
-        said += f" ({len(blocks)} of them with the residual's addition)"
+    said = f"{norms} norms" + (f" ({len(blocks)} of them with the residual's addition)" if blocks else "")
     return [said, f"left as they are: {', '.join(sorted(left))}"] if left else [said]
 
 
@@ -213,7 +240,7 @@ def unpatch(model: Model) -> Model:
     record: Patch | None = vars(model).get(RECORD)
     if record is None:
         raise ValueError(f"model: got a {type(model).__name__} that is not patched, expected one that is")
-    model.config._attn_implementation = record.attn_implementation
+    restore(record.implementations)
     for module, forward in record.forwards:
         slot = _slot(module)
         if forward is None and slot == "forward":

@@ -17,6 +17,7 @@ from fastgpt import dispatch
 from fastgpt.ops.attention.api import attention
 
 NAME = "fastgpt"
+RANGES = torch.uint32  # the dtype of masks that are ranges of keys: nobody else's masks have it
 # What some architectures pass to an attention function and this one does not compute: T5's bias, the keys
 # that DeepSeek-V3.2 and MiniMax-M3 choose, Inkling's logit for each query.
 REFUSED = ("position_bias", "cache", "indices", "block_indices", "sinks")
@@ -67,12 +68,14 @@ def attention_forward(
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     ranges = bias = None
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
+    if attention_mask is not None and attention_mask.dtype == RANGES:
         if attention_mask.shape[2] > 1:  # some architectures say their window in the mask alone (Phi-MoE)
             sliding_window = attention_mask.shape[2] - 1
         if attention_mask.shape[3]:
-            ranges = attention_mask[:, 0, 0].T.contiguous()  # leftpad_k, seqused_k
+            ranges = attention_mask[:, 0, 0].view(torch.int32).T.contiguous()  # leftpad_k, seqused_k
     elif attention_mask is not None:
+        if attention_mask.dtype != torch.bool and not attention_mask.dtype.is_floating_point:
+            raise TypeError(f"attention_mask: got {attention_mask.dtype}, expected bool or floating point")
         bias, causal, sliding_window = attention_mask, False, None  # the mask has it all
     width = -1 if sliding_window is None else sliding_window - 1
     out = attention(
@@ -167,7 +170,7 @@ def attention_mask(
     Returns:
         None, where the module's ``is_causal`` says all, unlike with ``sdpa`` also for several queries behind
         a cache. Else, for windows, padding before or behind each sequence and caches that are longer than
-        what they hold, (batch, 1, 1 + window, 2), int32: each sequence's first key and one past its last,
+        what they hold, (batch, 1, 1 + window, 2), uint32: each sequence's first key and one past its last,
         with window 0 for none; the last dimension is 0 where all keys are meant.
         Else (batch, 1, q_length, kv_length), bool, True where a key is visible.
     """
@@ -188,10 +191,10 @@ def attention_mask(
         if tokens is None and whole and (pattern != "bidirectional" or allow_is_bidirectional_skip):
             if pattern != "window" or kv_length <= window:
                 return None
-            return torch.empty(batch_size, 1, 1 + window, 0, dtype=torch.int32, device=device)
+            return torch.empty(batch_size, 1, 1 + window, 0, dtype=RANGES, device=device)
         ranges = _key_ranges(pattern, end, tokens, batch_size, device)
         if ranges is not None:
-            return ranges.expand(-1, -1, 1 + window, -1)
+            return ranges.view(RANGES).expand(-1, -1, 1 + window, -1)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -227,3 +230,20 @@ def register(backend: str | None = None) -> str:
     AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
     AttentionMaskInterface.register(name, attention_mask)
     return name
+
+
+Implementations = list[tuple[Any, str | None]]
+
+
+def implementations(config: Any) -> Implementations:
+    """Of a config and of the configs in it, what attention they ask for."""
+    found = [(config, config._attn_implementation)]
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            found += implementations(part)
+    return found
+
+
+def restore(found: Implementations) -> None:
+    for config, implementation in found:  # a config sets those in it, which come after it
+        config._attn_implementation = implementation

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastgpt.integrations.transformers.attention import implementations, restore
 from fastgpt.ops.attention.api import attention_varlen
 
 
@@ -80,12 +81,12 @@ def continuous_batching(
     """``model.continuous_batching_context_manager``, in which the model's attention is the one above."""
     from transformers import AttentionInterface
 
-    previous = model.config._attn_implementation
-    name = f"{previous}_paged_flash"
+    previous = implementations(model.config)
+    name = f"{model.config._attn_implementation}_paged_flash"
     AttentionInterface.register(name, functools.partial(paged_attention_forward, backend=backend))
     model.config._attn_implementation = name
     try:
         with original(*args, **kwargs) as manager:
             yield manager
     finally:
-        model.config._attn_implementation = previous
+        restore(previous)

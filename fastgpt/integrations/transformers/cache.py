@@ -27,6 +27,7 @@ class Room:
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, 0, 0, 0)
+        self.used = 0  # rows, which somebody may hold, even if they have been cropped since
 
     def append(self, past: Tensor, new: Tensor) -> Tensor:
         """``torch.cat((past, new), -2)`` for (batch, nheads_k, seqlen, headdim); past, if it is a view of the
@@ -38,11 +39,12 @@ class Room:
             return torch.cat((past, new), -2)
         total = length + new.shape[2]
         start = self._start(past) if length else None
-        if start is None or start + total > self.buffer.shape[1]:
+        if start is None or start + length != self.used or start + total > self.buffer.shape[1]:
             rows, start = self._fresh(new, new.shape[0], total), 0
             if length:
                 rows[:, :, :length] = past
-        rows = self.buffer[:, start : start + total].transpose(1, 2)
+        self.used = start + total
+        rows = self.buffer[:, start : self.used].transpose(1, 2)
         rows[:, :, length:] = new
         return rows
 
@@ -54,7 +56,7 @@ class Room:
     def _fresh(self, like: Tensor, batch: int, length: int) -> Tensor:
         """(batch, nheads_k, length, headdim), of a new buffer."""
         capacity = length + max(length // 2, LEAST_ROOM)
-        self.buffer = like.new_empty(batch, capacity, like.shape[1], like.shape[3])
+        self.buffer, self.used = like.new_empty(batch, capacity, like.shape[1], like.shape[3]), length
         return self.buffer[:, :length].transpose(1, 2)
 
     def _start(self, past: Tensor) -> int | None:
@@ -69,21 +71,21 @@ class Room:
         return start if rest == 0 and rows.shape == past.shape and rows.stride() == past.stride() else None
 
 
-def _traced(*tensors: Tensor) -> bool:
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return differentiable or torch.compiler.is_compiling()
+def _traced() -> bool:
+    """Whether backward may need what an append would write next to, or a graph is traced."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class InPlace:
-    """What both kinds of layers add to their parents, whose methods serve where a gradient will be asked for
-    or a graph is traced."""
+    """What both kinds of layers add to their parents, whose methods serve while gradients are enabled or a
+    graph is traced."""
 
     room: tuple[Room, Room]
     keys: Tensor
     values: Tensor
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.keys is None or not self.keys.numel() or _traced(self.keys, self.values):
+        if self.keys is None or not self.keys.numel() or _traced():
             super().reorder_cache(beam_idx)  # type: ignore[misc]
         else:
             self.keys = self.room[0].select(self.keys, beam_idx)
@@ -101,7 +103,7 @@ class InPlaceLayer(InPlace, DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states, value_states
-        if _traced(self.keys, self.values, *new):
+        if _traced():
             return super().update(*new, *args, **kwargs)
         self.keys = self.room[0].append(self.keys, key_states)
         self.values = self.room[1].append(self.values, value_states)
@@ -122,7 +124,7 @@ class InPlaceSlidingWindowLayer(InPlace, DynamicSlidingWindowLayer):
             self.lazy_initialization(key_states, value_states)
         new = key_states, value_states
         # With record_past it holds more than the window, for assisted decoding.
-        if getattr(self, "record_past", False) or _traced(self.keys, self.values, *new):
+        if getattr(self, "record_past", False) or _traced():
             return super().update(*new, *args, **kwargs)
         keys, values = (
             room.append(past, states)

@@ -33,7 +33,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_forward(module: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    weight = module.weight
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not has_few_rows(x, weight):
+    weight, transposed = module.weight, type(module) is not nn.Linear
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not has_few_rows(x, weight, transposed):
         return original(x)
-    return linear_of_few_rows(x, weight, module.bias, transposed=type(module) is not nn.Linear)
+    return linear_of_few_rows(x, weight, module.bias, transposed)
