@@ -137,7 +137,7 @@ def patch(
         cache: a DynamicCache, generate()'s default, that the model is called with appends in place from then
             on, where transformers copies all of it at every token, unless gradients are enabled. (By the name
             ``past_key_values`` to the model itself; with up to half of its size as room.)
-        linear: layers that multiply up to 4 rows of float32 on a CPU, without gradients, do so on all
+        linear: layers that multiply up to 4 to 6 rows of float32 on a CPU, without gradients, do so on all
             threads; generate() with one sequence spends most of its time there.
         backend: of attention and norms; default ``FASTGPT_BACKEND``, else ``auto``.
 
