@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgpt.bench.memory import peak_memory
+from fastgpt.bench.memory import least_peak_memory
 from fastgpt.dispatch import BackendUnsupported
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -352,7 +352,7 @@ def run(
             del right
             if candidates and case.memory:
                 everyone = {**candidates, **case.baselines}
-                memory = {name: peak_memory(call, device) for name, call in everyone.items()}
+                memory = {name: least_peak_memory(call, device) for name, call in everyone.items()}
             if candidates:
                 how, times = _measured({**candidates, **case.baselines, **case.timed}, work, device, budget)
     except Exception as error:  # out of memory, say: the other rows may still be measured
