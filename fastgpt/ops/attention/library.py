@@ -167,7 +167,10 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError("fastgpt.attention has no second derivative; backend='torch' may have one")
+        raise RuntimeError(
+            "fastgpt.attention has no second derivative; backend='torch' may have one, and "
+            "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) has"
+        )
 
 
 def _differentiable_backward(*args: Any) -> tuple[Tensor, ...]:
