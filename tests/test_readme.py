@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,20 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """As one process that torchrun has started."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
 def test_use_and_models_that_you_have(folder):
     tokens = torch.randint(3, 99, (2, 8))
     names = {"input_ids": tokens, "targets": tokens}
