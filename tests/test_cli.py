@@ -9,7 +9,7 @@ import pytest
 from test_bench import FakeWorkload
 
 from fastgpt import cli, dispatch
-from fastgpt.bench import harness, machine, report, workloads
+from fastgpt.bench import harness, machine, memory, report, workloads
 
 
 def failure(capsys, *argv):
@@ -139,7 +139,7 @@ def test_a_gpu_that_answers_no_more_ends_the_run(capsys, tmp_path, fake_table, m
     fake_table(*fakes)
 
     def kills(*_):
-        monkeypatch.setattr(machine, "free_memory", lambda device: gone("an illegal memory access"))
+        monkeypatch.setattr(memory, "free_memory", lambda device: gone("an illegal memory access"))
         gone("an illegal memory access")
 
     def gone(reason):
@@ -151,7 +151,7 @@ def test_a_gpu_that_answers_no_more_ends_the_run(capsys, tmp_path, fake_table, m
     out, err = capsys.readouterr()
     assert "the GPU answers no more: --resume goes on in another process" in err and "illegal" in out
     assert [own.status for own in report.load(path).results] == ["failed"]
-    monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     assert cli.main(argv) == 1  # the others come first now
     capsys.readouterr()
     assert [(own.workload, own.status) for own in report.load(path).results] == [

@@ -77,7 +77,7 @@ def _attend(
         "return_lse": return_attn_probs,
     }
     if return_attn_probs and dropout_p:
-        options["rng_state"] = call(checks.check_dropout, dropout_p, None, q.device)
+        options["rng_state"] = call(checks.check_dropout, dropout_p, None, q)
     if edges is None:
         result = call(attention, q, k, v, **options)
     else:
