@@ -217,8 +217,12 @@ def turn():
 for _ in range(20):
     turn()
 before = resident()
-for _ in range(150):
+for _ in range(100):
     turn()
-grown = resident() - before
-assert grown < 2 << 20, f"{grown} bytes in 150 turns"
+after = []
+for _ in range(50):  # the allocator's own rise and fall is of the size of a small leak
+    turn()
+    after.append(resident())
+grown = min(after) - before
+assert grown < 2 << 20, f"{grown} bytes in 100 turns"
 """)
