@@ -40,7 +40,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.integrations.sdpa.flash_impl import FlashAttention, register
 from fastgpt.integrations.sdpa.override import left, original, override
-from fastgpt.integrations.sdpa.rule import shape_of, unserved
+from fastgpt.integrations.sdpa.rule import FEWEST_MHA, shape_of, unserved
 from fastgpt.ops import checks
 from fastgpt.ops.attention.api import attention
 from fastgpt.ops.torch import own_sdpa
@@ -49,9 +49,6 @@ __all__ = ["FlashAttention", "Serving", "disable", "enable", "register", "unserv
 
 SDPA = "scaled_dot_product_attention"
 MHA = "_native_multi_head_attention"
-# Likewise for all of nn.MultiheadAttention in eval: fp32 0.7–1.1 to 2^23, 1.1–2.0 from 2^24; bf16 0.9–1.1 at
-# any size; either with a mask 0.9–1.3 to 2^23, 1.1–5 from 2^24.
-FEWEST_MHA = 1 << 24
 
 _lock = threading.RLock()
 _active: list[Serving] = []

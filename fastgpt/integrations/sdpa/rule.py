@@ -18,6 +18,9 @@ from fastgpt.ops.attention.spec import FEATURES, AttentionCall, AttentionSpec, u
 # from 2^21; bf16 forward 1–7; with backward 0.5 at 2^12, 1.4 at 2^15, 1.2–8 above. With dropout, where torch
 # materialises the matrix, 1.1–16 at any size. With AVX2, from 2^20: fp32 0.8–1.2, bf16 1.1–2.5, fp16 1.5–10.
 FEWEST = {(False, False): 1 << 18, (False, True): 1 << 21, (True, False): 0, (True, True): 1 << 15}
+# Likewise for all of nn.MultiheadAttention in eval: fp32 0.7–1.1 to 2^23, 1.1–2.0 from 2^24; bf16 0.9–1.1 at
+# any size; either with a mask 0.9–1.3 to 2^23, 1.1–5 from 2^24.
+FEWEST_MHA = 1 << 24
 
 
 class Shape(NamedTuple):

@@ -80,9 +80,29 @@ class InPlace:
     """What both kinds of layers add to their parents, whose methods serve while gradients are enabled or a
     graph is traced."""
 
-    room: tuple[Room, Room]
     keys: Tensor
     values: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.room = Room(), Room()
+
+    def update(
+        self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        # With record_past, a layer with a window holds more than that, for assisted decoding.
+        if _traced() or getattr(self, "record_past", False):
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys = self.room[0].append(self.keys, key_states)
+        values = self.room[1].append(self.values, value_states)
+        self.hold(keys, values, key_states.shape[2])
+        return keys, values
+
+    def hold(self, keys: Tensor, values: Tensor, count: int) -> None:
+        """Keeps what the next call needs of all keys, ``count`` of which are new."""
+        self.keys, self.values = keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.keys is None or not self.keys.numel() or _traced():
@@ -93,46 +113,13 @@ class InPlace:
 
 
 class InPlaceLayer(InPlace, DynamicLayer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.room = Room(), Room()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = key_states, value_states
-        if _traced():
-            return super().update(*new, *args, **kwargs)
-        self.keys = self.room[0].append(self.keys, key_states)
-        self.values = self.room[1].append(self.values, value_states)
-        return self.keys, self.values
+    pass
 
 
 class InPlaceSlidingWindowLayer(InPlace, DynamicSlidingWindowLayer):
-    """Of a layer with a window the last ``sliding_window − 1`` keys are held."""
-
-    def __init__(self, sliding_window: int) -> None:
-        super().__init__(sliding_window)
-        self.room = Room(), Room()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = key_states, value_states
-        # With record_past it holds more than the window, for assisted decoding.
-        if getattr(self, "record_past", False) or _traced():
-            return super().update(*new, *args, **kwargs)
-        keys, values = (
-            room.append(past, states)
-            for room, past, states in zip(self.room, (self.keys, self.values), new, strict=True)
-        )
-        self.cumulative_length += key_states.shape[2]
+    def hold(self, keys: Tensor, values: Tensor, count: int) -> None:
+        self.cumulative_length += count
         self.keys, self.values = (t[:, :, -self.sliding_window + 1 :] for t in (keys, values))
-        return keys, values
 
 
 IN_PLACE: dict[Any, Any] = {
