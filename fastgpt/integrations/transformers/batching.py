@@ -39,20 +39,25 @@ def paged_attention_forward(
 
     Args:
         query: (1, nheads, total_q, headdim), sequence behind sequence.
-        key, value: (1, nheads_k, total_q, headdim); the cache takes them and gives each sequence's own back.
-        cache: the ``PagedAttentionCache``.
+        key, value: (1, nheads_k, total_k, headdim), each sequence's own, as the cache gives them.
+        cache: the ``PagedAttentionCache``, if it has not been given the new keys and values yet: before 5.24
+            that was left to the attention function, and total_k is total_q.
         cu_seq_lens_q: (sequences + 1), int32.
 
     Returns:
         out (1, total_q, nheads, headdim), and None for the weights, which are never stored.
     """
-    if cache is None or cu_seq_lens_q is None:
+    updated = isinstance(kwargs.get("cu_seq_lens_k"), Tensor)  # of all kinds of layers until then
+    if cu_seq_lens_q is None or (cache is None and not updated):
         raise ValueError("cache: got None, expected the cache of transformers' continuous batching")
     if attention_mask is not None:
         raise ValueError(
             "attention_mask: got a value, expected None: sequences are told apart by cu_seq_lens_q"
         )
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if cache is not None:
+        key, value = cache.update(
+            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
+        )
     width = -1 if sliding_window is None else sliding_window - 1
     out = attention_varlen(
         query[0].transpose(0, 1),
