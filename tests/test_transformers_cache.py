@@ -220,6 +220,14 @@ def test_a_patched_model_copies_no_keys(name, monkeypatch):
     assert type(cache.layers[0]).__name__ == "DynamicLayer"
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa-tied"])
+def test_the_cache_that_generate_makes_appends_in_place(name):
+    model = fastgpt.patch(random_model(name))
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(torch.randint(101, (1, 5)), **options)
+    assert {type(layer).__name__ for layer in out.past_key_values.layers} == {"InPlaceLayer"}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_those_of_a_cache_that_copies(name):

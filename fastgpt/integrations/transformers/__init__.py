@@ -43,6 +43,7 @@ __all__ = ["attention_forward", "attention_mask", "patch", "register", "unpatch"
 
 RECORD = "_fastgpt_patch"
 BATCHING = "continuous_batching_context_manager"  # what generate_batch() runs in
+CACHES = ("cache", "past_key_values")  # what models call it since 5.24, and what they did before
 
 
 @dataclasses.dataclass
@@ -68,11 +69,11 @@ def _refuse_output_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: 
 
 
 def _append_in_place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if cache is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         from fastgpt.integrations.transformers.cache import append_in_place
 
-        append_in_place(cache)
+        for name in CACHES:
+            append_in_place(kwargs.get(name))
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -136,7 +137,7 @@ def patch(
         attention, norm: what is swapped.
         cache: a DynamicCache, generate()'s default, that the model is called with appends in place from then
             on, where transformers copies all of it at every token, unless gradients are enabled. (By the name
-            ``past_key_values`` to the model itself; with up to half of its size as room.)
+            ``cache`` or ``past_key_values`` to the model itself; with up to half of its size as room.)
         linear: layers that multiply up to 4 to 6 rows of float32 on a CPU, without gradients, do so on all
             threads; generate() with one sequence spends most of its time there.
         backend: of attention and norms; default ``FASTGPT_BACKEND``, else ``auto``.
