@@ -502,6 +502,23 @@ def test_which_norms_are_swapped(any_model, capsys):
 
 
 @torch.no_grad()
+def test_a_block_of_gpt2_called_or_written_otherwise_is_its_own(ids, calls, capsys, monkeypatch):
+    model = random_model("gpt2")
+    block, x = model.transformer.h[0], model.transformer.wte(ids)
+    cache = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    expected = block(hidden_states=x, past_key_values=cache[0])
+    fastgpt.patch(model, attention=False)
+    torch.testing.assert_close(block(hidden_states=x, past_key_values=cache[1]), expected)
+    assert cache[1].get_seq_length() == ids.shape[1]
+    assert [options["residual"] for _, options in calls["layer_norm"]] == [None, None]
+    fastgpt.unpatch(model)
+    capsys.readouterr()
+    monkeypatch.setattr(type(block), "forward", lambda self, hidden_states, cache, more: None)
+    fastgpt.patch(model)
+    assert f"{NORMS} norms, " in capsys.readouterr().out
+
+
+@torch.no_grad()
 def test_a_norm_that_computes_something_else_is_left(ids, capsys):
     class OtherRMSNorm(torch.nn.Module):
         def __init__(self):

@@ -13,6 +13,12 @@ from torch import Tensor, nn
 
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
+# The parameters of the forward that gpt2_block_forward stands for: before and since transformers 5.24.
+GPT2_BLOCK = [
+    f"self hidden_states {cache} attention_mask encoder_hidden_states encoder_attention_mask use_cache kwargs"
+    for cache in ("past_key_values", "cache")
+]
+
 
 class Norm(NamedTuple):
     """What a module computes, in fastgpt's terms."""
@@ -86,41 +92,25 @@ def is_gpt2_block(module: nn.Module) -> bool:
     from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
     # Another transformers may have written it anew.
-    ours = list(inspect.signature(gpt2_block_forward).parameters)[2:]
-    return type(module) is GPT2Block and ours == list(inspect.signature(GPT2Block.forward).parameters)[1:]
+    parameters = inspect.signature(GPT2Block.forward).parameters
+    return type(module) is GPT2Block and " ".join(parameters) in GPT2_BLOCK
 
 
 def gpt2_block_forward(
-    block: Any,
-    original: Callable[..., Tensor],
-    hidden_states: Tensor,
-    past_key_values: Any = None,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    use_cache: bool | None = False,
-    **kwargs: Any,
+    block: Any, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """A block of GPT-2, whose second norm adds the attention's output to the residual as it reads them."""
+    """A block of GPT-2, whose second norm adds the attention's output to the residual as it reads them.
+
+    Args:
+        args: the cache (its name differs between versions), the mask and the encoder's output, as GPT2Model
+            passes them. Called otherwise, the block is its own.
+    """
     norm = block.ln_2
     patched = isinstance(norm.forward, functools.partial) and norm.forward.func is norm_forward
     hooked = norm._forward_hooks or norm._forward_pre_hooks  # which expect one tensor in and out
-    if encoder_hidden_states is not None or hooked or not patched:
-        return original(
-            hidden_states,
-            past_key_values,
-            attention_mask,
-            encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-    attended, _ = block.attn(
-        block.ln_1(hidden_states),
-        past_key_values=past_key_values,
-        attention_mask=attention_mask,
-        use_cache=use_cache,
-        **kwargs,
-    )
+    if len(args) != 3 or args[2] is not None or hooked or not patched:
+        return original(hidden_states, *args, **kwargs)
+    cache, attention_mask, _ = args
+    attended, _ = block.attn(block.ln_1(hidden_states), cache, attention_mask=attention_mask, **kwargs)
     normed, residual = norm(attended, residual=hidden_states)
     return residual + block.mlp(normed)
