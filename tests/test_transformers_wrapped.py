@@ -221,7 +221,7 @@ def test_gradients_of_a_compiled_model_with_padding(one_layer, ids):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(stock, ids, use_reentrant):
-    """The same bits as without, and with the same attention dropout when a block is computed again."""
+    """The same bits as without, each block computed again, with the same attention dropout."""
     if stock.config.model_type == "gpt2":
         for block in stock.transformer.h:
             block.attn.attn_dropout.p = 0.3
@@ -233,8 +233,12 @@ def test_gradient_checkpointing(stock, ids, use_reentrant):
         model = fastgpt.patch(copy.deepcopy(stock)).train()
         if options:
             model.gradient_checkpointing_enable(options)
+        attentions, seen = [m for m in model.modules() if "is_causal" in vars(m)], []
+        for attention in attentions:
+            attention.register_forward_pre_hook(lambda module, _: seen.append(module))
         torch.manual_seed(1)
         model(ids, labels=ids, use_cache=False).loss.backward()
+        assert len(seen) == (2 if options else 1) * len(attentions)
         return {name: p.grad for name, p in model.named_parameters()}
 
     expected = gradients()

@@ -108,7 +108,8 @@ def gpt2_block_forward(
     norm = block.ln_2
     patched = isinstance(norm.forward, functools.partial) and norm.forward.func is norm_forward
     hooked = norm._forward_hooks or norm._forward_pre_hooks  # which expect one tensor in and out
-    if len(args) != 3 or args[2] is not None or hooked or not patched:
+    checkpointed = block.gradient_checkpointing and block.training  # which the original's wrapper sees to
+    if len(args) != 3 or args[2] is not None or hooked or checkpointed or not patched:
         return original(hidden_states, *args, **kwargs)
     cache, attention_mask, _ = args
     attended, _ = block.attn(block.ln_1(hidden_states), cache, attention_mask=attention_mask, **kwargs)
