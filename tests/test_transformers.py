@@ -365,11 +365,12 @@ def test_what_is_none_of_transformers_models_is_refused():
         fastgpt.patch(t5)
 
 
-def test_what_other_architectures_ask_of_the_attention_is_refused(ids):
+@pytest.mark.parametrize("name", ["position_bias", "write_index"])
+def test_what_others_ask_of_the_attention_is_refused(name):
     fastgpt.register()
     model, q = torch.nn.Module(), torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match=r"^position_bias: got a value for Module"):
-        AttentionInterface()["fastgpt"](model, q, q, q, None, position_bias=q)
+    with pytest.raises(ValueError, match=rf"^{name}: got a value for Module"):
+        AttentionInterface()["fastgpt"](model, q, q, q, None, **{name: q})
 
 
 SHAPE = {

@@ -19,8 +19,9 @@ from fastgpt.ops.attention.api import attention
 NAME = "fastgpt"
 RANGES = torch.uint32  # the dtype of masks that are ranges of keys: nobody else's masks have it
 # What some architectures pass to an attention function and this one does not compute: T5's bias, the keys
-# that DeepSeek-V3.2 and MiniMax-M3 choose, Inkling's logit for each query.
-REFUSED = ("position_bias", "cache", "indices", "block_indices", "sinks")
+# that DeepSeek-V3.2 and MiniMax-M3 choose, Inkling's logit for each query. And where continuous batching
+# writes in its cache: no mask tells its sequences apart (batching.py does).
+REFUSED = ("position_bias", "indices", "block_indices", "sinks", "write_index")
 
 
 def attention_forward(
