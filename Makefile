@@ -133,7 +133,7 @@ sanitize: $(VENV)/.stamp-dev
 		--target build/sanitize .
 	cd tests && $(SANITIZED) $(abspath $(BIN))/python -c \
 		"import torch, fastgpt._cpu as c; assert 'build/sanitize' in c.__file__, c.__file__"
-	set -e; for isa in baseline avx2 avx512; do \
+	set -e; for isa in baseline avx2 avx512 amx_emulated; do \
 		export FASTGPT_CPU_ISA=$$isa; \
 		if [ $$isa != baseline ] && ! $(BIN)/python -c "import torch, fastgpt._cpu" 2> /dev/null; then \
 			echo "sanitize: this machine has no $$isa"; continue; \

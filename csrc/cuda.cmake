@@ -37,7 +37,6 @@ if(FASTGPT_CUDA)
   set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static) # loads the driver when it is first used
 endif()
 
-option(FASTGPT_EMULATE "Build fastgpt._cuda_emulated, of the tests" OFF)
 if(FASTGPT_EMULATE)
   add_subdirectory(emulated)
 endif()

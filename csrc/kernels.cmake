@@ -7,6 +7,8 @@ if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU" OR CMAKE_CXX_COMPILER_VERSION VERSIO
                       "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}; CXX=g++ may name one")
 endif()
 
+option(FASTGPT_EMULATE "Build what the tests run in place of hardware: AMX's kernels, fastgpt._cuda_emulated" OFF)
+
 set(CMAKE_CXX_STANDARD 17)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS OFF)
@@ -14,10 +16,15 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 
 # One kernel source, compiled once per instruction set; cpu/isa.h picks one when the program runs.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(isas baseline avx2 avx512)
+  set(isas baseline avx2 avx512 amx)
   set(isa_flags_baseline "")
   set(isa_flags_avx2 -mavx2 -mfma -mf16c)
   set(isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512)
+  set(isa_flags_amx ${isa_flags_avx512} -mavx512bf16 -mamx-tile -mamx-bf16 -DFASTGPT_AMX)
+  if(FASTGPT_EMULATE) # the same kernels where AMX is not, slowly, for tests
+    list(APPEND isas amx_emulated)
+    set(isa_flags_amx_emulated ${isa_flags_avx512} -DFASTGPT_AMX -DFASTGPT_EMULATE_AMX)
+  endif()
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   set(isas baseline) # NEON is part of the aarch64 baseline
   set(isa_flags_baseline "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import platform
 import re
@@ -240,11 +241,16 @@ def test_an_op_without_kernels_of_a_backend_is_refused(monkeypatch):
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")
-BUILT = ("baseline", "avx2", "avx512") if X86 else ("baseline",)
+BUILT = ("baseline", "avx2", "avx512", "amx") if X86 else ("baseline",)
 AVX2 = {"avx2", "fma", "f16c"}
-NEEDED = {"baseline": set(), "avx2": AVX2, "avx512": AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+AMX = AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+NEEDED = {"baseline": set(), "avx2": AVX2, "avx512": AVX512, "amx": AMX, "amx_emulated": AVX512}
 FLAGS = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[0].split() if X86 else ())
 ACCEPTED = [isa for isa in reversed(BUILT) if NEEDED[isa] <= FLAGS]  # best first
+if X86 and importlib.util.find_spec("fastgpt._cuda_emulated"):  # what tests run in place of hardware
+    BUILT += ("amx_emulated",)
+    ACCEPTED += ["amx_emulated"] * (NEEDED["amx_emulated"] <= FLAGS)
 SHOW = (
     "import torch\nfrom fastgpt import dispatch\nprint(dispatch.unavailable('cpu'))\n"
     "import fastgpt._cpu as c\nprint(c.isa, c.built_isas)"
@@ -283,6 +289,19 @@ def test_each_instruction_set_computes_the_same(isa):
     assert result.stdout.strip() == (isa if isa in ACCEPTED else refusal(isa))
 
 
+@pytest.mark.skipif("amx_emulated" not in ACCEPTED, reason="built without it, or a processor without AVX-512")
+def test_parity_of_the_matrix_units_kernels():
+    """In bf16, of which they are; where the processor has the unit, all tests of parity run them anyway."""
+    code = (
+        "from fastgpt.cli import main\n"
+        "options = ['--full', '-k', '^attention (tiled|dropout|varlen, every|every).*bfloat16']\n"
+        "raise SystemExit(main(['verify', '--backend', 'cpu', *options]))"
+    )
+    result = python(code, FASTGPT_CPU_ISA="amx_emulated")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr.count(" ok\n") > 12
+
+
 @pytest.mark.parametrize("environment", [{}, {"FASTGPT_CPU_ISA": ""}], ids=["unset", "empty"])
 def test_the_best_instruction_set_is_the_default(environment, monkeypatch):
     monkeypatch.delenv("FASTGPT_CPU_ISA", raising=False)
@@ -291,17 +310,17 @@ def test_the_best_instruction_set_is_the_default(environment, monkeypatch):
 
 
 def test_an_unknown_instruction_set_is_an_error():
-    result = python(SHOW, FASTGPT_CPU_ISA="amx")
-    assert result.stdout.strip() == refusal("amx")
+    result = python(SHOW, FASTGPT_CPU_ISA="mmx")
+    assert result.stdout.strip() == refusal("mmx")
     assert result.returncode == 1  # an ImportError, not an illegal instruction
 
 
 def test_an_instruction_set_that_is_asked_for_is_never_passed_over():
     result = python(
         "import torch, fastgpt\nq = torch.zeros(1, 4, 2, 8)\nfastgpt.attention(q, q, q)",
-        FASTGPT_CPU_ISA="amx",
+        FASTGPT_CPU_ISA="mmx",
     )
-    assert "BackendUnsupported: FASTGPT_CPU_ISA: got 'amx'" in result.stderr
+    assert "BackendUnsupported: FASTGPT_CPU_ISA: got 'mmx'" in result.stderr
 
 
 def test_openmp_is_torchs_own():

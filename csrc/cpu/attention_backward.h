@@ -209,7 +209,8 @@ struct AttentionBackward {
       }
       if (p.softcap) derivatives = tiles.derivatives + tile;
       if (terms)
-        add_score_terms(p, w.b, w.h, i, last - i + 1, key, begin, end_vector, probs, kGradBlock, derivatives);
+        add_score_terms(p, w.b, w.h, i, last - i + 1, key, begin, end_vector, 1.0f, probs, kGradBlock,
+                        derivatives);
       if (w.mask.begin(last) > key + begin || w.mask.end(i) < key + end_vector)
         mask_tile(w.mask, i, last - i + 1, key, begin, end_vector, probs, kGradBlock);
       for (int64_t r = 0; r < kTileRows; r++) {

@@ -251,7 +251,7 @@ struct Decode {
     bool tiled = rows > kDecodeRows;
     int64_t tokens = p.seqlen_new + (p.rotary_dim ? p.seqlen_q : 0);
     int64_t units = p.batch * head_blocks * parts_max, all_states = p.batch * p.nheads_k * parts_max;
-    AttentionForward<T, CachedKeys<KV>> forward{p, {p}};
+    AttentionForward<T, KV, CachedKeys<KV>> forward{p, {p}};
     if (tiled) {
       scratch(forward.scratch_size());  // out of memory before anything is appended, or not at all
     } else {
@@ -432,7 +432,7 @@ struct Decode {
         float* row = scores + n * kDecodeBlock;
         if (terms)
           add_score_terms(p, b, (h_first + h) * group + r / p.seqlen_q, i, 1, j, 0, round_up(keys, kLanes),
-                          row, kDecodeBlock, nullptr);
+                          1.0f, row, kDecodeBlock, nullptr);
         softmax_row(row, mask.begin(i) - j, mask.end(i) - j, keys, m[r], l[r], acc + r * width_v);
       }
       for (int64_t i = 0; i < keys; i++) kv_rows[i] = v[j + i];

@@ -28,6 +28,10 @@ namespace {
 #include "attention_common.h"
 #include "dropout.h"
 #include "scores.h"
+#include "products.h"
+#ifdef FASTGPT_AMX
+#include "amx.h"
+#endif
 #include "attention_forward.h"
 #include "attention_backward.h"
 #include "decode.h"

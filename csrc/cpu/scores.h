@@ -41,13 +41,13 @@ struct ScoreRow {
       const char* source = bias + j * size;
       switch (p.bias.type) {
         case BiasType::f32:
-          s += values(reinterpret_cast<const float*>(source), n) * kLog2e;
+          s += base_2(values(reinterpret_cast<const float*>(source), n));
           break;
         case BiasType::bf16:
-          s += values(reinterpret_cast<const bf16*>(source), n) * kLog2e;
+          s += base_2(values(reinterpret_cast<const bf16*>(source), n));
           break;
         case BiasType::f16:
-          s += values(reinterpret_cast<const f16*>(source), n) * kLog2e;
+          s += base_2(values(reinterpret_cast<const f16*>(source), n));
           break;
         case BiasType::boolean:
           s = shown(source, n) ? s : splat(-kInf);
@@ -61,6 +61,13 @@ struct ScoreRow {
     return s;
   }
 
+  // Of the largest finite numbers, which some masks have where others have infinity, the product is infinite.
+  static FASTGPT_INLINE vf base_2(vf x) {
+    constexpr float kLargest = 3.40282347e38f;
+    vf product = x * kLog2e;
+    vf bounded = product > kLargest ? splat(kLargest) : product < -kLargest ? splat(-kLargest) : product;
+    return x == kInf || x == -kInf ? x : bounded;
+  }
   template <class T>
   FASTGPT_INLINE vf values(const T* source, int64_t n) const {
     if (p.bias.key_stride) return load_upto(source, n);
@@ -81,11 +88,11 @@ FASTGPT_INLINE bool has_score_terms(const AttentionParams& p) {
   return p.softcap != 0.0f || p.alibi_slopes || p.bias.data;
 }
 
-// Turns scores[r][c] into the scores of queries first_query + r and keys first_key + c, c in [begin, end),
-// multiples of kLanes; with `derivatives`, also d score / d x, stored alike.
+// Turns x = factor scores[r][c] into the scores of queries first_query + r and keys first_key + c, c in
+// [begin, end), multiples of kLanes; with `derivatives`, also d score / d x, stored alike.
 inline void add_score_terms(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query, int64_t rows,
-                            int64_t first_key, int64_t begin, int64_t end, float* scores, int64_t stride,
-                            float* derivatives) {
+                            int64_t first_key, int64_t begin, int64_t end, float factor, float* scores,
+                            int64_t stride, float* derivatives) {
   int64_t keys = p.keys(b);
   for (int64_t r = 0; r < rows; r++) {
     ScoreRow row(p, b, h, first_query + r);
@@ -93,7 +100,7 @@ inline void add_score_terms(const AttentionParams& p, int64_t b, int64_t h, int6
       vf derivative = splat(1.0f);
       float* s = scores + r * stride + c;
       int64_t j = first_key + c;
-      store(s, row(load(s), j, max(min(kLanes, keys - j), 0), &derivative));
+      store(s, row(load(s) * factor, j, max(min(kLanes, keys - j), 0), &derivative));
       if (derivatives) store(derivatives + r * stride + c, derivative);
     }
   }

@@ -22,4 +22,8 @@ struct Parts {
 #endif
     return memory + first;
   }
+  template <class T>
+  FASTGPT_INLINE T* take_as(int64_t n) {
+    return reinterpret_cast<T*>(take((n * sizeof(T) + sizeof(float) - 1) / sizeof(float)));
+  }
 };

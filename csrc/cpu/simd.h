@@ -210,13 +210,13 @@ FASTGPT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 // exactly 0 below -150; NaN stays NaN.
 FASTGPT_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
-  x = max(splat(-200.0f), x);
-  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // x - round(x), 0 at -inf.
+  vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   x = max(splat(-126.0f), x);
   vf n = (x + 0x1.8p23f) - 0x1.8p23f;
-#endif
   vf r = x - n;
+#endif
   // Minimax polynomial of 2^r on [-1/2, 1/2].
   vf p = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
   p = p * r + 0x1.3b2dbcp-7f;
@@ -225,7 +225,8 @@ FASTGPT_INLINE vf exp2(vf x) {
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+  // Times 2^floor(y), which is 2^round(x).
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
 #else
   // Below 2^-126 the result is flushed to zero; the exponent is added in two halves because n may be 128.
   vi half = __builtin_convertvector(n, vi) >> 1, rest = __builtin_convertvector(n, vi) - half;

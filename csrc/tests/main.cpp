@@ -18,6 +18,8 @@ extern const Primitives primitives_baseline;
 #if defined(__x86_64__)
 extern const Primitives primitives_avx2;
 extern const Primitives primitives_avx512;
+extern const Primitives primitives_amx;
+extern const Primitives primitives_amx_emulated;
 #endif
 
 // Each call's own, so that a kernel can neither use what an earlier one left nor more than it asked for.
@@ -35,6 +37,8 @@ constexpr int kSkipped = 77;  // what ctest takes for skipped
 
 const Primitives* primitives_of([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__)
+  if (isa == "amx") return &primitives_amx;
+  if (isa == "amx_emulated") return &primitives_amx_emulated;
   if (isa == "avx512") return &primitives_avx512;
   if (isa == "avx2") return &primitives_avx2;
 #endif

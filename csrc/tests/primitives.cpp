@@ -23,6 +23,7 @@ namespace {
 #include "../cpu/attention_common.h"
 #include "../cpu/dropout.h"
 #include "../cpu/scores.h"
+#include "../cpu/products.h"
 #include "../cpu/attention_forward.h"
 #include "../cpu/decode.h"
 

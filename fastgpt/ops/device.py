@@ -13,6 +13,7 @@ from triton.language.target_info import cuda_capability_geq, is_hip
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+LARGEST = tl.constexpr(3.4028234663852886e38)
 # In every Triton from 3.6 to 3.9 the interpreter multiplies the bit patterns of bf16 operands in tl.dot and
 # truncates fp32 to bf16: `dot` and `cast` mend that, and nothing else may do what they do.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

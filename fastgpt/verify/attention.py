@@ -108,6 +108,9 @@ class Variant(NamedTuple):
     slopes: tuple[int, ...] | None = None
     bias: tuple[int, ...] | None = None
     mask: float = 0.0  # above 0: the bias is boolean, and true in this share of its places
+    lowest: float = (
+        0.0  # above 0: the bias is 0, the least finite number in this share of all keys but the first
+    )
     sink: bool = False
     dropout_p: float = 0.0
     lengths_q: tuple[int, ...] | None = None  # packed sequences; the case has their totals
@@ -138,6 +141,9 @@ VARIANTS = {
     "mask": Variant(_C(2, 70, 133, 4, 2, 24, 24, causal=False), bias=(2, 4, 70, 133), mask=0.6),
     "mask of a key": Variant(_C(2, 70, 133, 4, 2, 24, 24), bias=(2, 1, 1, 133), mask=0.5),
     "mask of a query": Variant(_C(2, 70, 133, 4, 2, 24, 24), bias=(2, 1, 70, 1), mask=0.5),
+    "mask of finite numbers": Variant(
+        _C(2, 70, 133, 4, 2, 24, 24, causal=False), bias=(2, 4, 70, 133), lowest=0.9
+    ),
     "sparse mask": Variant(_C(1, 300, 300, 2, 1, 16, 16, causal=False), bias=(1, 2, 300, 300), mask=0.001),
     "mask, few queries": Variant(_C(2, 2, 133, 4, 2, 24, 24), bias=(2, 4, 2, 133), mask=0.6),
     "dropout": Variant(_C(2, 130, 210, 4, 2, 40, 24), dropout_p=0.4),
@@ -313,6 +319,10 @@ def variant_tensors(variant: Variant, dtype: torch.dtype) -> tuple[Optionals, di
         bias = torch.randn(variant.bias).to(bias_dtype)
         if variant.mask:
             bias = torch.rand(variant.bias) < variant.mask
+        if variant.lowest:
+            bias = torch.zeros(variant.bias, dtype=bias_dtype)
+            hidden = torch.rand((*variant.bias[:3], variant.bias[3] - 1)) < variant.lowest
+            bias[..., 1:].masked_fill_(hidden, torch.finfo(bias_dtype).min)
         if torch.rand(()) < 0.5:
             # Rows further apart than they are long, with what must not be read between them.
             apart = torch.full((*variant.bias[:3], variant.bias[3] + 3), torch.nan).to(bias.dtype)

@@ -21,6 +21,7 @@ from fastgpt.ops import launch, philox
 from fastgpt.ops.attention.spec import AttentionCall, AttentionSpec, AttentionTensors
 from fastgpt.ops.device import (
     INF,
+    LARGEST,
     LOG2E,
     cast,
     dot,
@@ -303,7 +304,10 @@ def _score_tile(qk, i, j, spec, tensors, C: tl.constexpr, MASKED: tl.constexpr):
         if tensors.attn_bias.dtype.element_ty == tl.int1:
             x = tl.where(bias, x, -INF)
         else:
-            x += bias.to(tl.float32) * LOG2E
+            # The product is infinite for the largest finite numbers, which some masks have for infinity.
+            term = bias.to(tl.float32) * LOG2E
+            term = tl.where((term == -INF) & (bias != -INF), -LARGEST, term)
+            x += tl.where((term == INF) & (bias != INF), LARGEST, term)
     if MASKED:
         seen = visible(i, j, shift, spec.window_left, spec.window_right, C.HAS_LEFT, C.HAS_RIGHT)
         x = tl.where(seen & inside, x, -INF)
