@@ -153,6 +153,12 @@ FASTGPT_INLINE vw to_words(vf low, vf high) {
 #endif
 }
 
+// The 16 elements of each, in turn.
+template <int... I>
+FASTGPT_INLINE vw to_pairs(vf even, vf odd, Lanes<I...>) {
+  return __builtin_shuffle(to_words(even, odd), vw{(I % 2 * 16 + I / 2)...});
+}
+
 // Rows as they are, filled up with zeros.
 template <class Source>
 void copy_rows(const Source& source, int64_t rows, int64_t padded, int64_t dim, bf16* packed, int64_t width) {
@@ -239,5 +245,85 @@ struct Products<bf16, bf16> {
           store(o + r * width + d, load(o + r * width + d) * rescale[r]);
     matrix_product<Update::add>(rows, round_up(keys, kMatrixDepth), width, probs, ldp, v, 2 * width, o,
                                 width);
+  }
+};
+
+// Attention backward in bf16: p and ds are rounded before they are multiplied. dk and dv are computed
+// transposed, (dim, keys) in blocks of kGradBlock keys, from (dim, queries) in blocks of kGradBlock queries:
+// p and ds are then the right operand, of which rows have to be interleaved, not transposed.
+template <>
+struct GradientProducts<bf16> : Products<bf16, bf16> {
+  static constexpr int64_t kScoreRows = kRows;
+  static constexpr int64_t kKeys = kTileCols;
+  struct Block {
+    bf16 *probs, *dscores;  // of the block: element (i, j) at (i / 2 * kGradBlock + j) * 2 + i % 2
+    bf16* rows;             // of ds, of a register tile
+  };
+
+  static void lay_out(Block& block, float*, float*, Parts& parts) {
+    block.probs = parts.take_as<bf16>(kGradBlock * kGradBlock);
+    block.dscores = parts.take_as<bf16>(kGradBlock * kGradBlock);
+    block.rows = parts.take_as<bf16>(kRows * kGradBlock);
+  }
+  static float key_gradient_factor(const AttentionParams& p) { return p.softmax_scale; }
+  static bf16* columns_of(bf16*, Parts& parts, int64_t queries, int64_t width) {
+    return parts.take_as<bf16>(round_up(queries, kGradBlock) * width);
+  }
+  static void pack_query_columns(const Rows<const bf16>& q, int64_t queries, int64_t dim, bf16* packed,
+                                 int64_t width) {
+    typename MakeLanes<32>::type lanes;
+    for (int64_t first = 0; first < queries; first += kGradBlock, packed += kGradBlock * width)
+      for (int64_t i = 0; i < kGradBlock; i += kMatrixDepth)
+        for (int64_t d = 0; d < width; d += kMatrixDepth) {
+          auto words = [&](int64_t row) { return row < queries ? load_words(q[row] + d, dim - d) : vw{}; };
+          vf block[2][kLanes];  // pairs of rows, of the first 16 elements and of the others
+          for (int n = 0; n < kLanes; n++) {
+            vw even = words(first + i + 2 * n), odd = words(first + i + 2 * n + 1);
+            block[0][n] = (vf)interleave_words(even, odd, 0, lanes);
+            block[1][n] = (vf)interleave_words(even, odd, 1, lanes);
+          }
+          transpose(block[0]), transpose(block[1]);
+          for (int n = 0; n < kMatrixDepth; n++)
+            store_words(packed + (d + n) * kGradBlock + i, (vw)block[n / kLanes][n % kLanes]);
+        }
+  }
+  static FASTGPT_INLINE void keep(const Block& block, int64_t row, const float* probs, const float* dscores) {
+    typename MakeLanes<32>::type lanes;
+    for (int64_t r = 0; r < kRows; r += 2)
+      for (int64_t c = 0; c < kGradBlock; c += kLanes) {
+        int64_t even = r * kGradBlock + c, odd = even + kGradBlock, pairs = (row + r) * kGradBlock + 2 * c;
+        store_words(block.probs + pairs, to_pairs(load(probs + even), load(probs + odd), lanes));
+        store_words(block.dscores + pairs, to_pairs(load(dscores + even), load(dscores + odd), lanes));
+      }
+    for (int64_t n = 0; n < kRows * kGradBlock; n += kMatrixDepth)
+      store_words(block.rows + n, to_words(load(dscores + n), load(dscores + n + kLanes)));
+  }
+
+  static FASTGPT_INLINE void add_keys(const Block& block, const float*, int64_t first, int64_t keys,
+                                      const bf16* k, int64_t width, float* dq) {
+    matrix_product<Update::add>(kRows, round_up(keys, kMatrixDepth), width, block.rows + first, kGradBlock, k,
+                                2 * width, dq, width);
+  }
+  static FASTGPT_INLINE void add_queries(const bf16* probs, int64_t query, int64_t begin, int64_t end,
+                                         const bf16* columns, int64_t width, int64_t key, int64_t j,
+                                         float* gradient) {
+    begin = (begin - query) / kMatrixDepth * kMatrixDepth;
+    end = round_up(end - query, kMatrixDepth);
+    for (int64_t d = 0; d < width; d += kRows)
+      matrix_product<Update::add>(kRows, end - begin, kKeys, columns + query * width + d * kGradBlock + begin,
+                                  kGradBlock, probs + begin * kGradBlock + 2 * (j - key), 2 * kGradBlock,
+                                  gradient + key * width + d * kGradBlock + j - key, kGradBlock);
+  }
+  static void write_keys(const Rows<bf16>& target, const float* gradient, int64_t width, int64_t keys,
+                         int64_t n, float factor) {
+    for (int64_t j = 0; j < keys; j += kLanes)
+      for (int64_t d = 0; d < n; d += kLanes) {
+        const float* source =
+            gradient + j / kGradBlock * kGradBlock * width + d * kGradBlock + j % kGradBlock;
+        vf block[kLanes];
+        for (int i = 0; i < kLanes; i++) block[i] = load(source + i * kGradBlock) * factor;
+        transpose(block);
+        for (int i = 0; i < kLanes && j + i < keys; i++) store_upto(target[j + i] + d, block[i], n - d);
+      }
   }
 };

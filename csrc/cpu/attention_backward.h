@@ -18,42 +18,47 @@
 //
 // Rows that see no key (lse = -inf) give 0. Error bound: tests/test_attention.py::test_parity.
 
-constexpr int64_t kGradBlock = 96;  // queries and keys of a block: whole register tiles in both directions
-static_assert(kGradBlock % kTileRows == 0 && kGradBlock % kTileCols == 0, "a block is whole register tiles");
-
 template <class T>
 struct AttentionBackward {
+  typedef GradientProducts<T> M;
+  typedef typename M::Element Element;
+  static_assert(kGradBlock % M::kRows == 0 && kGradBlock % kTileCols == 0, "a block is whole register tiles");
   const AttentionBackwardParams& p;
   int64_t dim = p.headdim, dim_v = p.headdim_v;
-  int64_t width = round_up(dim, kLanes), width_v = round_up(dim_v, kLanes);
-  bool terms = has_score_terms(p);
+  int64_t width = M::row_width(dim), width_v = M::row_width(dim_v);
+  float factor = M::score_factor(p);  // here and below as in forward
+  bool terms = has_score_terms(p) || factor <= 0.0f;
 
   // What an owner shares with those that help it: a sequence, a kv head of it, one of its query heads, and of
   // its key blocks those to hand out, those to compute, and how many queries each has passed. "panels" are
-  // the operand of products over the head dim, "rows" of products over keys or queries.
+  // the operand of products over the head dim, "rows" of products over keys, "columns" over queries.
   struct Head {
     int64_t b, h, sq, sk;
     Mask mask{0, 0, 0, 0};
-    float *k_panels, *k_rows, *v_panels, *dk, *dv;
-    float *q_rows, *dout_rows, *dq, *lse, *delta;
+    Element *k_panels, *k_rows, *v_panels, *q_rows, *dout_rows, *q_columns, *dout_columns;
+    float *dk, *dv, *dq, *lse, *delta;
     int64_t blocks, unclaimed = 0, unfinished, *passed;
   };
   // What every thread has of its own: the block at hand.
   struct Tiles {
     float *probs, *dscores, *derivatives, *keep;
+    typename M::Block block;
   };
 
   // Lays a head out, of a sequence of up to sq queries and sk keys; returns its size.
   int64_t lay_out(Head& w, float* memory, int64_t sq, int64_t sk) const {
-    int64_t sq_padded = round_up(sq, kTileRows), sk_padded = round_up(sk, kTileCols * kTileRows);
+    int64_t sq_padded = round_up(sq, M::kRows), sk_padded = round_up(sk, kTileCols);
+    int64_t key_blocks = round_up(sk, kGradBlock);
     Parts parts{memory};
-    w.k_panels = parts.take(sk_padded * dim);
-    w.k_rows = parts.take(sk * width);
-    w.v_panels = parts.take(sk_padded * dim_v);
-    w.dk = parts.take(sk_padded * width);
-    w.dv = parts.take(sk_padded * width_v);
-    w.q_rows = parts.take(sq_padded * width);
-    w.dout_rows = parts.take(sq_padded * width_v);
+    w.k_panels = parts.take_as<Element>(sk_padded * M::key_width(dim));
+    w.k_rows = parts.take_as<Element>(sk_padded * width);
+    w.v_panels = parts.take_as<Element>(sk_padded * M::key_width(dim_v));
+    w.dk = parts.take(key_blocks * width);
+    w.dv = parts.take(key_blocks * width_v);
+    w.q_rows = parts.take_as<Element>(sq_padded * width);
+    w.dout_rows = parts.take_as<Element>(sq_padded * width_v);
+    w.q_columns = M::columns_of(w.q_rows, parts, sq, width);
+    w.dout_columns = M::columns_of(w.dout_rows, parts, sq, width_v);
     w.dq = parts.take(sq_padded * width);
     w.lse = parts.take(sq_padded + kLanes);
     w.delta = parts.take(sq_padded + kLanes);
@@ -62,10 +67,11 @@ struct AttentionBackward {
   }
   int64_t lay_out(Tiles& tiles, float* memory) const {
     Parts parts{memory};
-    tiles.probs = parts.take(kGradBlock * kGradBlock);
-    tiles.dscores = parts.take(kGradBlock * kGradBlock);
-    tiles.derivatives = parts.take(p.softcap ? kGradBlock * kGradBlock : 0);
+    tiles.probs = parts.take(M::kScoreRows * kGradBlock);
+    tiles.dscores = parts.take(M::kScoreRows * kGradBlock);
+    tiles.derivatives = parts.take(p.softcap ? M::kScoreRows * kGradBlock : 0);
     tiles.keep = parts.take(p.dropout_threshold ? kGradBlock + 4 * kLanes : 0);
+    M::lay_out(tiles.block, tiles.probs, tiles.dscores, parts);
     return parts.size;
   }
   static int64_t count_blocks(int64_t sk) { return (sk + kGradBlock - 1) / kGradBlock; }
@@ -96,6 +102,7 @@ struct AttentionBackward {
     int64_t unit_counter = 0, thread_counter = 0, unfinished = units_b * units_h;
 #pragma omp parallel num_threads(threads)
     {
+      [[maybe_unused]] typename M::Unit unit;
       int64_t thread = next_unit(&thread_counter);
       Tiles tiles;
       lay_out(tiles, tiles_memory + thread * tiles_size);
@@ -120,31 +127,31 @@ struct AttentionBackward {
     w.sq = p.queries(b);
     w.sk = p.keys(b);
     w.mask = Mask(w.sq, w.sk, p.window_left, p.window_right);
-    int64_t sk_padded = round_up(w.sk, kTileCols * kTileRows);
+    int64_t key_blocks = round_up(w.sk, kGradBlock);
     Rows<const T> k = rows_of<const T>(p.k, b, h_k, p.first_key_row(b));
     Rows<const T> v = rows_of<const T>(p.v, b, h_k, p.first_key_row(b));
-    pack_panels(k, w.sk, dim, 1.0f, w.k_panels);
-    pack_panels(v, w.sk, dim_v, 1.0f, w.v_panels);
-    pack_rows(k, w.sk, dim, 1.0f, w.k_rows, width);
-    fill_zero(w.dk, sk_padded * width);
-    fill_zero(w.dv, sk_padded * width_v);
+    M::pack_keys(k, w.sk, dim, 1.0f, w.k_panels);
+    M::pack_keys(v, w.sk, dim_v, 1.0f, w.v_panels);
+    M::pack_values(k, w.sk, dim, 1.0f, w.k_rows, width);
+    fill_zero(w.dk, key_blocks * width);
+    fill_zero(w.dv, key_blocks * width_v);
     int64_t group = p.nheads / p.nheads_k;
     for (int64_t h = h_k * group; h < (h_k + 1) * group; h++) query_head(h, w, tiles);
-    write_keys(p.dk, b, h_k, w.dk, width, w.sk, dim, kLn2);
+    write_keys(p.dk, b, h_k, w.dk, width, w.sk, dim, M::key_gradient_factor(p));
     write_keys(p.dv, b, h_k, w.dv, width_v, w.sk, dim_v, p.dropout_scale);
   }
 
   void query_head(int64_t h, Head& w, const Tiles& tiles) {
-    int64_t sq = w.sq, sq_padded = round_up(sq, kTileRows), first_row = p.first_query_row(w.b);
+    int64_t sq = w.sq, sq_padded = round_up(sq, M::kRows), first_row = p.first_query_row(w.b);
     w.h = h;
     Rows<const T> q = rows_of<const T>(p.q, w.b, h, first_row);
     Rows<const T> dout = rows_of<const T>(p.dout, w.b, h, first_row);
     Rows<const T> out = rows_of<const T>(p.out, w.b, h, first_row);
     // As in forward, so that the scores are those whose lse was saved, to the last bit.
-    pack_rows(q, sq, dim, p.softmax_scale * kLog2e, w.q_rows, width);
-    pack_rows(dout, sq, dim_v, 1.0f, w.dout_rows, width_v);
-    fill_zero(w.q_rows + sq * width, (sq_padded - sq) * width);
-    fill_zero(w.dout_rows + sq * width_v, (sq_padded - sq) * width_v);
+    M::pack_queries(q, sq, sq_padded, dim, p.softmax_scale * kLog2e, w.q_rows, width);
+    M::pack_queries(dout, sq, sq_padded, dim_v, 1.0f, w.dout_rows, width_v);
+    M::pack_query_columns(q, sq, dim, w.q_columns, width);
+    M::pack_query_columns(dout, sq, dim_v, w.dout_columns, width_v);
     fill_zero(w.dq, sq_padded * width);
     const float* lse = p.lse + p.lse_row(w.b, h);
     const float* dlse = p.dlse ? p.dlse + p.lse_row(w.b, h) : nullptr;
@@ -166,7 +173,10 @@ struct AttentionBackward {
     __atomic_store_n(&w.unclaimed, w.blocks, __ATOMIC_RELEASE);
     key_blocks(w, tiles);
     wait_for_zero(&w.unfinished);
-    write_rows(rows_of<T>(p.dq, w.b, h, first_row), w.dq, width, sq, dim, p.softmax_scale);
+    Rows<T> target = rows_of<T>(p.dq, w.b, h, first_row);
+    for (int64_t i = 0; i < sq; i++)
+      for (int64_t d = 0; d < dim; d += kLanes)
+        store_upto(target[i] + d, load(w.dq + i * width + d) * p.softmax_scale, dim - d);
   }
 
   // Computes key blocks of a head while there are some to hand out.
@@ -191,37 +201,41 @@ struct AttentionBackward {
   void block(int64_t query, int64_t key, int64_t key_end, const Head& w, const Tiles& tiles) {
     int64_t query_end = min(query + kGradBlock, w.sq);
     if (hidden_by_bias(p, w.b, w.h, query, query_end - query, key, key_end)) return;
-    for (int64_t i = query; i < query_end; i += kTileRows) {
-      int64_t last = min(i + kTileRows, query_end) - 1;
-      int64_t tile = (i - query) * kGradBlock;
+    for (int64_t i = query; i < query_end; i += M::kRows) {
+      int64_t last = min(i + M::kRows, query_end) - 1;
+      int64_t tile = (i - query) % M::kScoreRows * kGradBlock;
       float *probs = tiles.probs + tile, *dscores = tiles.dscores + tile, *derivatives = nullptr;
       int64_t begin = max(w.mask.begin(i), key), end = min(w.mask.end(last), key_end);
       if (begin >= end) begin = end = key;
       begin = (begin - key) / kTileCols * kTileCols;  // from here on, columns of the block
       end -= key;
-      int64_t end_vector = round_up(end, kLanes);
-      for (int64_t c = begin; c < end_vector; c += kTileCols) {
-        int64_t cols = min(kTileCols, end_vector - c);
-        tile_product<Update::overwrite>(dim, cols, w.q_rows + i * width, width, w.k_panels + (key + c) * dim,
-                                        kTileCols, probs + c, kGradBlock);
-        tile_product<Update::overwrite>(dim_v, cols, w.dout_rows + i * width_v, width_v,
-                                        w.v_panels + (key + c) * dim_v, kTileCols, dscores + c, kGradBlock);
+      int64_t end_step = round_up(end, M::kStep);
+      for (int64_t c = begin; c < end_step; c += kTileCols) {
+        int64_t cols = min(kTileCols, end_step - c);
+        M::scores(M::kRows, dim, cols, w.q_rows + i * width, width,
+                  w.k_panels + (key + c) * M::key_width(dim), probs + c, kGradBlock);
+        M::scores(M::kRows, dim_v, cols, w.dout_rows + i * width_v, width_v,
+                  w.v_panels + (key + c) * M::key_width(dim_v), dscores + c, kGradBlock);
       }
       if (p.softcap) derivatives = tiles.derivatives + tile;
       if (terms)
-        add_score_terms(p, w.b, w.h, i, last - i + 1, key, begin, end_vector, 1.0f, probs, kGradBlock,
+        add_score_terms(p, w.b, w.h, i, last - i + 1, key, begin, end_step, factor, probs, kGradBlock,
                         derivatives);
-      if (w.mask.begin(last) > key + begin || w.mask.end(i) < key + end_vector)
-        mask_tile(w.mask, i, last - i + 1, key, begin, end_vector, probs, kGradBlock);
-      for (int64_t r = 0; r < kTileRows; r++) {
+      if (w.mask.begin(last) > key + begin || w.mask.end(i) < key + end_step)
+        mask_tile(w.mask, i, last - i + 1, key, begin, end_step, probs, kGradBlock);
+      float factor_left = terms ? 1.0f : factor;
+      for (int64_t r = 0; r < M::kRows; r++) {
         float *p_row = probs + r * kGradBlock, *ds_row = dscores + r * kGradBlock;
         vf lse = splat(w.lse[i + r]), delta = splat(w.delta[i + r]);
         if (p.dropout_threshold)
-          dropout_row(p, w.b, w.h, i + r, key + begin, end_vector - begin, tiles.keep + begin);
+          dropout_row(p, w.b, w.h, i + r, key + begin, end_step - begin, tiles.keep + begin);
         fill_zero(p_row, begin);  // the products below read whole blocks of keys
         fill_zero(ds_row, begin);
-        for (int64_t c = begin; c < end_vector; c += kLanes) {
-          vf prob = exp2(load(p_row + c) - lse), dprob = load(ds_row + c), kept = prob;
+        for (int64_t c = begin; c < end_step; c += kLanes) {
+          vf exponent = load(p_row + c) * factor_left - lse;
+          // Of biases like -1e9 lse has too few digits for p; it is at most 1 all the same.
+          if (p.bias.data) exponent = exponent > 0.0f ? vf{} : exponent;
+          vf prob = exp2(exponent), dprob = load(ds_row + c), kept = prob;
           if (p.dropout_threshold) {
             vf keep = load(tiles.keep + c);
             dprob *= keep * p.dropout_scale;
@@ -230,25 +244,23 @@ struct AttentionBackward {
           store(p_row + c, kept);
           store(ds_row + c, prob * (dprob - delta));
         }
-        fill_zero(p_row + end_vector, kGradBlock - end_vector);
-        fill_zero(ds_row + end_vector, kGradBlock - end_vector);
+        fill_zero(p_row + end_step, kGradBlock - end_step);
+        fill_zero(ds_row + end_step, kGradBlock - end_step);
         if (i + r > last) continue;
         if (p.dbias.data) add_to_bias(i + r, key, begin, end, ds_row, w);
-        for (int64_t c = begin; derivatives && c < end_vector; c += kLanes)
+        for (int64_t c = begin; derivatives && c < end_step; c += kLanes)
           store(ds_row + c, load(ds_row + c) * load(derivatives + r * kGradBlock + c));
       }
-      tile_product<Update::add>(end - begin, width, dscores + begin, kGradBlock,
-                                w.k_rows + (key + begin) * width, width, w.dq + i * width, width);
+      M::keep(tiles.block, i - query, probs, dscores);
+      M::add_keys(tiles.block, dscores, begin, end - begin, w.k_rows + (key + begin) * width, width,
+                  w.dq + i * width);
     }
-    for (int64_t j = key; j < key_end; j += kTileRows) {
+    for (int64_t j = key; j < key_end; j += M::kKeys) {
       int64_t begin = max(w.mask.first_query(j), query);
-      int64_t end = min(w.mask.last_query(min(j + kTileRows, key_end) - 1, w.sq), query_end);
+      int64_t end = min(w.mask.last_query(min(j + M::kKeys, key_end) - 1, w.sq), query_end);
       if (begin >= end) continue;
-      int64_t corner = (begin - query) * kGradBlock + j - key;
-      tile_product<Update::add, true>(end - begin, width_v, tiles.probs + corner, kGradBlock,
-                                      w.dout_rows + begin * width_v, width_v, w.dv + j * width_v, width_v);
-      tile_product<Update::add, true>(end - begin, width, tiles.dscores + corner, kGradBlock,
-                                      w.q_rows + begin * width, width, w.dk + j * width, width);
+      M::add_queries(tiles.block.probs, query, begin, end, w.dout_columns, width_v, key, j, w.dv);
+      M::add_queries(tiles.block.dscores, query, begin, end, w.q_columns, width, key, j, w.dk);
     }
   }
 
@@ -267,19 +279,12 @@ struct AttentionBackward {
       store_upto(row + c, load_upto(row + c, end - c) + load(ds + c), end - c);
   }
 
-  static void write_rows(Rows<T> target, const float* source, int64_t source_width, int64_t rows, int64_t n,
-                         float factor) {
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t d = 0; d < n; d += kLanes)
-        store_upto(target[i] + d, load(source + i * source_width + d) * factor, n - d);
-  }
-
   // The gradients of the keys that sequence b uses; 0 for its other rows.
   void write_keys(const Tensor& gradient, int64_t b, int64_t h_k, const float* source, int64_t source_width,
                   int64_t keys, int64_t n, float factor) {
     int64_t before = p.leftpad_k ? p.leftpad_k[b] : 0, rows = p.key_rows(b);
     Rows<T> target = rows_of<T>(gradient, b, h_k, p.first_key_row(b) - before);
-    write_rows(target.from(before), source, source_width, keys, n, factor);
+    M::write_keys(target.from(before), source, source_width, keys, n, factor);
     for (int64_t i = 0; i < rows; i++)
       if (i < before || i >= before + keys) __builtin_memset(target[i], 0, n * sizeof(T));
   }
