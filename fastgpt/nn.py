@@ -20,7 +20,7 @@ def _check_one_axis(normalized_shape: tuple[int, ...]) -> None:
 
 
 def _served(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the fused norms take these: not nested tensors, nor a weight in another 16-bit dtype than x's."""
+    """Whether the fused norms take these: no nested tensor, a weight in x's dtype or float32."""
     return not x.is_nested and (weight is None or weight.dtype in (x.dtype, torch.float32))
 
 

@@ -105,7 +105,7 @@ def test_same_bits_in_any_batch(num_splits, backend):
 
 @pytest.mark.parametrize("scale", [1e9, -1e30])
 def test_reference_of_large_scores(scale):
-    """Whose lse has no digits left for log(n): of equal keys the mean of their values, with and without a sink."""
+    """Whose lse has no digits left for log(n): equal keys give the mean of their values."""
     q, cache, v = torch.ones(1, 1, 2, 8), torch.ones(1, 8, 2, 8), torch.randn(1, 8, 2, 8)
     for sink, share in ((None, 1), (torch.full((2,), 8 * scale), 8 / 9)):
         out = fastgpt.attention_with_kvcache(

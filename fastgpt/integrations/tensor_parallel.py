@@ -62,8 +62,8 @@ class FusedParallel(ParallelStyle):
 
     Raises:
         TypeError: the module is none of these.
-        ValueError: the mesh has several dimensions, the module is sharded already, or the ranks are no divisor
-            of its key heads, or of its width. The module is as it was, then.
+        ValueError: the mesh has several dimensions, the module is sharded already, or the ranks are no
+            divisor of its key heads, or of its width. The module is as it was, then.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -89,7 +89,7 @@ def _softmax(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _probabilities(s: Tensor, sink: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(s − lse) and exp(sink − lse), by way of the softmax of s: lse may be that of more keys than these."""
+    """exp(s − lse) and exp(sink − lse), by the softmax of s: lse may be that of more keys than these."""
     p, p_sink, own = _softmax(s, sink)
     factor = torch.exp((own - lse).masked_fill(own == lse, 0))  # of infinities, too
     return p * factor[..., None], p_sink * factor
