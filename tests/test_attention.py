@@ -233,18 +233,6 @@ def test_varlen_dropout_counts_the_sequence_as_the_batch():
     torch.testing.assert_close(packed.view(3, 8, 2, 16), fastgpt.attention(dense, dense, dense, **options))
 
 
-def test_forward_mode_is_refused():
-    import torch.autograd.forward_ad as forward_ad
-
-    q = torch.randn(1, 20, 2, 8)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match="forward"):
-            fastgpt.attention(dual, q, q, backend="reference")
-        with pytest.raises(NotImplementedError, match="forward"):
-            fastgpt.rms_norm(dual, backend="reference")
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_torchs_default_dtype_does_not_matter(backend, dtype):

@@ -1171,6 +1171,15 @@ def test_what_flash_attention_leaves_to_torch(left):
     assert not has_kernel(FLASH, "CPU")
 
 
+def test_a_debug_mask_with_dropout_is_refused(flash):
+    """Torch's kernel would draw other bits for it than the backward here."""
+    q = torch.randn(2, 4, 9, 16)
+    with pytest.raises(ValueError, match=r"return_debug_mask: got True with dropout_p 0.5, expected False"):
+        flash_sdpa(q, q, q, dropout_p=0.5, return_debug_mask=True)
+    with pytest.raises(fastgpt.BackendUnsupported, match="a debug mask or a block table"):  # torch's, if any
+        flash_sdpa(q, q, q, return_debug_mask=True)
+
+
 def test_flash_attention_in_a_graph(flash):
     """aot_autograd's fake kernels, partitioner and strides; then the overrides."""
     q, k, v = (t.float().requires_grad_() for t in CASES["layout of a projection"]()[:3])
