@@ -91,6 +91,12 @@ class FlashAttention:
         block_table: Tensor | None = None,
         num_splits: int | None = None,
     ) -> tuple[Tensor, ...]:
+        if return_debug_mask and dropout_p:
+            # Torch's kernel, which alone has the mask, would draw other bits than the backward here.
+            raise ValueError(
+                f"return_debug_mask: got True with dropout_p {dropout_p:g}, expected False; torch's own "
+                "kernel has it, after torch.nn.attention.restore_flash_attention_impl()"
+            )
         if return_debug_mask or block_table is not None:
             raise dispatch.BackendUnsupported("a debug mask or a block table")
         tensors = AttentionTensors(cum_seq_q, cum_seq_k, seqused_k, None, alibi_slopes)
