@@ -19,8 +19,21 @@ def _check_one_axis(normalized_shape: tuple[int, ...]) -> None:
         raise ValueError(f"normalized_shape: got {normalized_shape}, expected one axis, the last")
 
 
+def _served(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the fused norms take these: no nested tensor, a weight in x's dtype or float32."""
+    return not x.is_nested and (weight is None or weight.dtype in (x.dtype, torch.float32))
+
+
+def _unit_rows(t: Tensor) -> Tensor:
+    """With last stride 1, as the fused norms read it."""
+    return t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous()
+
+
 class FusedLayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last axis, by :func:`fastgpt.layer_norm`.
+
+    It takes what ``torch.nn.LayerNorm`` takes; nested tensors are left to that. Under torch.autocast the
+    result has the input's dtype, as torch's has on the CPU (on CUDA, torch's is float32).
 
     Args:
         normalized_shape: size of the last axis, the only one.
@@ -46,11 +59,18 @@ class FusedLayerNorm(nn.LayerNorm):
         self, input: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of input + residual, (..., normalized_shape) each; with ``prenorm`` also that sum."""
+        if residual is None and not prenorm and not _served(input, self.weight):
+            return super().forward(input)
+        input = _unit_rows(input)
+        residual = None if residual is None else _unit_rows(residual)
         return layer_norm(input, self.weight, self.bias, self.eps, residual=residual, prenorm=prenorm)
 
 
 class FusedRMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` over the last axis, by :func:`fastgpt.rms_norm`.
+
+    It takes what ``torch.nn.RMSNorm`` takes; nested tensors are left to that, and a weight whose dtype is
+    neither the input's nor float32. Under torch.autocast the result has the input's dtype.
 
     Args:
         normalized_shape: size of the last axis, the only one.
@@ -75,6 +95,10 @@ class FusedRMSNorm(nn.RMSNorm):
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x + residual, (..., normalized_shape) each; with ``prenorm`` also that sum."""
+        if residual is None and not prenorm and not _served(x, self.weight):
+            return super().forward(x)
+        x = _unit_rows(x)
+        residual = None if residual is None else _unit_rows(residual)
         wide = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(wide).eps if self.eps is None else self.eps
         return rms_norm(x, self.weight, None, eps, residual=residual, prenorm=prenorm)

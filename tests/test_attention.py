@@ -233,18 +233,6 @@ def test_varlen_dropout_counts_the_sequence_as_the_batch():
     torch.testing.assert_close(packed.view(3, 8, 2, 16), fastgpt.attention(dense, dense, dense, **options))
 
 
-def test_forward_mode_is_refused():
-    import torch.autograd.forward_ad as forward_ad
-
-    q = torch.randn(1, 20, 2, 8)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match="forward"):
-            fastgpt.attention(dual, q, q, backend="reference")
-        with pytest.raises(NotImplementedError, match="forward"):
-            fastgpt.rms_norm(dual, backend="reference")
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_torchs_default_dtype_does_not_matter(backend, dtype):
@@ -387,6 +375,46 @@ def test_large_scores_do_not_overflow(backend):
     exact = plain_attention(q.double(), k.double(), v.double(), True, (-1, -1))
     assert_parity("out", out, plain[0], exact[0])
     assert_parity("lse", lse, plain[1], exact[1])
+
+
+@pytest.mark.parametrize("low", [-1e5, -1e9, -1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_reference_of_rows_hidden_by_finite_numbers(dtype, low):
+    """A softmax all the same, whose lse has no digits left for log(n); rows of -inf alone give 0."""
+    q, k, v, dout = (torch.randn(2, 6, 3, 8, dtype=dtype) for _ in range(4))
+    bias = torch.zeros(1, 1, 6, 6, dtype=dtype)
+    bias[..., 0, :], bias[..., 1, :3], bias[..., 2, :] = low, low, -torch.inf
+    leaves = [t.requires_grad_() for t in (q, k, v, torch.full((3,), low, dtype=dtype), bias)]
+
+    def plain(q, k, v, sink, bias):
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5 + bias
+        scores = torch.cat((scores, sink[:, None, None].expand(2, 3, 6, 1)), -1)
+        p = scores.softmax(-1)[..., :-1]
+        return torch.einsum("bhij,bjhd->bihd", p, v), scores.logsumexp(-1)
+
+    out, lse = fastgpt.attention(
+        *(q, k, v), causal=False, sink=leaves[3], attn_bias=bias, return_lse=True, backend="reference"
+    )
+    expected = plain(*leaves)
+    torch.testing.assert_close((out, lse), expected)
+    gradients = (torch.autograd.grad(o, leaves, dout) for o in (out, expected[0]))
+    for got, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+def test_reference_gradient_of_some_of_the_keys():
+    """Which the backward gives where out and lse are those of more: so blocks of keys are put together."""
+    q, k, v, dout = (torch.randn(1, 9, 2, 8) for _ in range(4))
+    args = library.pack(AttentionSpec(0.3, -1, -1), AttentionTensors(), "reference")
+    out, lse = torch.ops.fastgpt.attention_fwd(q, k, v, *args)
+    dq, *whole = torch.ops.fastgpt.attention_bwd(dout, None, q, k, v, out, lse, False, *args)[:3]
+    parts = [
+        torch.ops.fastgpt.attention_bwd(dout, None, q, k[:, rows], v[:, rows], out, lse, False, *args)
+        for rows in (slice(0, 4), slice(4, 9))
+    ]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], dq)
+    for i, got in enumerate(whole, 1):
+        torch.testing.assert_close(torch.cat((parts[0][i], parts[1][i]), 1), got)
 
 
 @pytest.mark.parametrize("deviation", [25, 400])

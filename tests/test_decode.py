@@ -103,6 +103,17 @@ def test_same_bits_in_any_batch(num_splits, backend):
         assert torch.equal(together[2:3], alone)
 
 
+@pytest.mark.parametrize("scale", [1e9, -1e30])
+def test_reference_of_large_scores(scale):
+    """Whose lse has no digits left for log(n): equal keys give the mean of their values."""
+    q, cache, v = torch.ones(1, 1, 2, 8), torch.ones(1, 8, 2, 8), torch.randn(1, 8, 2, 8)
+    for sink, share in ((None, 1), (torch.full((2,), 8 * scale), 8 / 9)):
+        out = fastgpt.attention_with_kvcache(
+            *(q, cache, v), cache_seqlens=8, softmax_scale=scale, sink=sink, backend="reference"
+        )
+        torch.testing.assert_close(out, share * v.mean(1, keepdim=True))
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("batch, seqlen_q", [(0, 1), (1, 0)])
 def test_a_call_without_queries(batch, seqlen_q, backend):

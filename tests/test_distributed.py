@@ -13,6 +13,7 @@ import functools
 import io
 import os
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastgpt
 from fastgpt import nn as fused
 from fastgpt.integrations.tensor_parallel import FusedParallel
+from fastgpt.ops import sharding
 
 WORLD = 2
 TIMEOUT = 60  # seconds, of a check
@@ -392,6 +394,32 @@ def modules_in_sequence_parallel(mesh):
             same("gradient", a, b, exact=False)
 
 
+def test_no_thread_is_ahead_of_the_registration(monkeypatch):
+    """A second one found no rules where the first was about to register them."""
+    begun, go_on, done = threading.Event(), threading.Event(), []
+
+    def register():
+        begun.set()
+        go_on.wait(TIMEOUT)
+        done.append("registered")
+
+    def second():
+        sharding.prepare()
+        done.append("prepared")
+
+    monkeypatch.setattr(sharding, "_registered", False)
+    monkeypatch.setattr(sharding, "register", register)
+    threads = [threading.Thread(target=sharding.prepare), threading.Thread(target=second)]
+    threads[0].start()
+    assert begun.wait(TIMEOUT)
+    threads[1].start()
+    threads[1].join(0.1)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert done == ["registered", "prepared"]
+
+
 @pytest.fixture
 def many_ranks():
     """Eight, none of which computes: what is placed where on a mesh of two dimensions."""
@@ -429,6 +457,13 @@ def test_two_dimensions_of_a_mesh(many_ranks):
         dx, dweight = torch.autograd.grad(out, (x, weight), torch.ones_like(out))
     assert out.placements == dx.placements == (Shard(0), Shard(1)) and comm.get_total_counts() == 0
     assert dweight.placements == (Partial(), Partial())
+
+
+def test_tensor_parallelism_is_of_one_dimension(many_ranks):
+    module = fused.FusedCausalSelfAttention(32, 8)
+    with pytest.raises(ValueError, match="device_mesh: got 2 dimensions, expected 1"):
+        parallelize_module(module, many_ranks((2, 4)), FusedParallel())
+    assert module(torch.randn(1, 5, 32)).shape == (1, 5, 32)  # as it was
 
 
 def test_compiled_dtensors(many_ranks):
@@ -626,6 +661,9 @@ def tensor_parallel_attention(mesh):
         parallelize_module(fused.FusedCausalSelfAttention(32, 4, 1), mesh, FusedParallel())
     with pytest.raises(TypeError, match="module: got Linear, expected FusedCausalSelfAttention"):
         parallelize_module(nn.Linear(4, 4), mesh, FusedParallel())
+    with pytest.raises(ValueError, match="module: got a FusedCausalSelfAttention that is sharded already"):
+        parallelize_module(model, mesh, FusedParallel())
+    torch.testing.assert_close(model(x), exact)  # as it was
 
 
 MODELS = (gpt, gated_gpt, small, llama)

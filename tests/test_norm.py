@@ -438,6 +438,39 @@ def test_norm_modules_are_drop_in(fused, plain, dtype):
     assert torch.equal(total, x + residual)
 
 
+FUSED_AND_PLAIN = [(FusedLayerNorm, torch.nn.LayerNorm), (FusedRMSNorm, torch.nn.RMSNorm)]
+
+
+@pytest.mark.parametrize("fused,plain", FUSED_AND_PLAIN)
+def test_norm_modules_take_any_strides(fused, plain):
+    """As channels that a permutation puts last, and one number expanded."""
+    for x in (torch.randn(2, 16, 5, 3).permute(0, 2, 3, 1), torch.randn(4, 1).expand(4, 16)):
+        torch.testing.assert_close(fused(16)(x), plain(16)(x))
+        out, total = fused(16)(x, residual=x, prenorm=True)
+        torch.testing.assert_close((out, total), (plain(16)(2 * x), 2 * x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("fused,plain", FUSED_AND_PLAIN)
+def test_norm_modules_leave_nested_tensors_to_torch(fused, plain, layout):
+    if plain is torch.nn.RMSNorm and layout == torch.strided:
+        pytest.skip("torch has none of these")
+    x = torch.nested.nested_tensor([torch.randn(n, 16) for n in (2, 3)], layout=layout)
+    for got, expected in zip(fused(16)(x).unbind(), plain(16)(x).unbind(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("weight", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_module_takes_any_two_dtypes(dtype, weight):
+    x = torch.randn(4, 16, dtype=dtype)
+    got, expected = FusedRMSNorm(16, dtype=weight)(x), torch.nn.RMSNorm(16, dtype=weight)(x)
+    torch.testing.assert_close(got, expected)
+    assert got.dtype == expected.dtype
+
+
 def test_norm_modules_take_torchs_arguments():
     for fused, plain in ((FusedLayerNorm, torch.nn.LayerNorm), (FusedRMSNorm, torch.nn.RMSNorm)):
         assert list(inspect.signature(fused).parameters) == list(inspect.signature(plain).parameters)

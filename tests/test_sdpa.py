@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from backends import assert_parity, judge
 from test_gpt import random_model
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 
@@ -210,10 +211,65 @@ def test_parity(name, dtype, served):
         assert len(served) == 1, "torch's own ran"
         served.clear()
         assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in own]
+        assert got[0].stride() == own[0].stride()
         plain, exact = (run(math, tensors, options, d, dout)[1] for d in (dtype, torch.float64))
         return list(zip(("out", "dq", "dk", "dv", "dmask"), got, plain, exact, strict=False))
 
     judge(draw)
+
+
+LAYOUTS = {  # of (batch, nheads, seqlen, headdim), by the order of the axes in memory
+    "dense": (0, 1, 2, 3),
+    "of a projection": (0, 2, 1, 3),
+    "seqlen first": (2, 0, 1, 3),
+    "heads first": (1, 0, 2, 3),
+    "rows not dense": (0, 1, 3, 2),
+}
+
+
+def laid_out(t, order):
+    return t.permute(order).contiguous().permute([order.index(axis) for axis in range(4)])
+
+
+OF_STRIDES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "dropout": {"dropout_p": 0.5},
+    "mask": {"attn_mask": torch.ones(9, 9, dtype=torch.bool)},
+    "mask of each key": {"attn_mask": torch.ones(2, 1, 1, 9, dtype=torch.bool)},
+    "mask of each score": {"attn_mask": torch.zeros(2, 4, 9, 9)},
+    "mask of three axes": {"attn_mask": torch.zeros(4, 9, 9)},
+    "mask with a gradient": {"attn_mask": torch.zeros(9, 9, requires_grad=True)},
+    "gqa": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", OF_STRIDES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_are_torchs(layout, name, requires_grad, served):
+    """They say which views can be had of the result."""
+    options = OF_STRIDES[name]
+    nheads_k = 2 if "enable_gqa" in options else 4
+    q = laid_out(torch.randn(2, 4, 9, 8), LAYOUTS[layout]).requires_grad_(requires_grad)
+    for order in LAYOUTS.values():
+        for headdim_v in (8, 16):
+            k = laid_out(torch.randn(2, nheads_k, 9, 8), order)
+            v = laid_out(torch.randn(2, nheads_k, 9, headdim_v), order)
+            expected = F.scaled_dot_product_attention(q, k, v, **options)
+            with sdpa.enable("cpu"):
+                got = F.scaled_dot_product_attention(q, k, v, **options)
+            assert len(served) == 1 and got.stride() == expected.stride()
+            served.clear()
+
+
+@pytest.mark.filterwarnings("error")
+def test_strides_where_torch_has_no_way(served):
+    q, v = (torch.randn(2, 9, 4, n).transpose(1, 2) for n in (8, 16))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), sdpa.enable("cpu"):
+        out = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+        wider = F.scaled_dot_product_attention(q, q, v)
+    assert len(served) == 2 and out.stride() == q.stride() and wider.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -254,14 +310,21 @@ def test_dropout(served):
         assert torch.equal(F.scaled_dot_product_attention(q, q, v, dropout_p=0.3), first)
 
 
-def test_nothing_is_copied(served):
-    q, k, v = (torch.randn(2, 4, 128, 64) for _ in range(3))  # dense (batch, nheads, seqlen, headdim)
+@pytest.mark.parametrize("mask", [None, (128, 128), (2, 4, 128, 128), (2, 1, 1, 128)], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "of a projection"])
+def test_nothing_is_copied(layout, mask, served, monkeypatch):
+    """But for the result of dense tensors with a mask of each sequence."""
+    q, k, v = (laid_out(t, LAYOUTS[layout]) for t in tensors(2, 4, 128, 64))
+    mask = None if mask is None else torch.randn(mask)
+    outs, record = [], sdpa.attention  # the fixture's
+    monkeypatch.setattr(sdpa, "attention", lambda *a, **o: outs.append(record(*a, **o)) or outs[-1])
     with sdpa.enable():
-        F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, mask)
     [(args, options)] = served
-    for t, passed in zip((q, k, v), args, strict=True):
-        assert passed.data_ptr() == t.data_ptr() and passed.stride() == t.transpose(1, 2).stride()
-    assert options["attn_bias"] is None
+    assert [t.data_ptr() for t in args] == [t.data_ptr() for t in (q, k, v)]
+    assert mask is None or options["attn_bias"].data_ptr() == mask.data_ptr()
+    copied = layout == "dense" and mask is not None and mask.shape == (2, 1, 1, 128)
+    assert (out.data_ptr() == outs[0].data_ptr()) is not copied
 
 
 # --- what is left to torch ---------------------------------------------------------------------------------
@@ -510,6 +573,16 @@ def test_a_graph_is_torchs(backend, served, left):
     assert not served and any("Tensor in the place of a plain tensor" in reason for reason in left())
 
 
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_graph_of_make_fx_is_torchs(mode, pre_dispatch):
+    args, options = tensors(2, 4, 64, 64), {"tracing_mode": mode, "pre_dispatch": pre_dispatch}
+    expected = make_fx(attend, **options)(*args)
+    with sdpa.enable():
+        got = make_fx(attend, **options)(*args)
+    assert got.code == expected.code
+
+
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_program_is_torchs(strict, served):
@@ -648,6 +721,11 @@ def test_they_nest_and_end_in_any_order(served):
     sdpa.disable()  # nothing to do
     with sdpa.enable():
         assert serves(served) is None
+    again = sdpa.enable("cpu")
+    for _ in range(2):
+        with again as entered:
+            assert entered is again and serves(served) == "cpu"
+        assert serves(served) is False and in_place() == before
 
 
 def test_threads(served):
@@ -789,6 +867,73 @@ def test_what_multihead_attention_leaves_to_torch(served, left):
         "torch.bfloat16 without a mask, for which torch takes as little time",
         "flash attention is switched off (torch.nn.attention.sdpa_kernel)",
     ]
+
+
+@pytest.mark.parametrize(
+    "mask,mask_type,calls",
+    [
+        ((4, 96), 1, 1),
+        ((4, HEADS, 96, 96), 0, 1),
+        ((4, HEADS, 96, 96), 1, 1),
+        ((4, HEADS, 96, 96), 2, 1),
+        ((4, HEADS, 96, 96), None, 1),
+        ((96, 96), 0, 0),
+        ((96, 96), 1, 0),  # which torch refuses, and what follows
+        ((96, 96), 2, 0),
+        ((96, 96), None, 0),
+        ((4, 96), 0, 0),
+        ((4, 1, 96, 96), 2, 0),
+        ((4, 1, 1, 96), 1, 0),
+        ((1, 96), 1, 0),
+    ],
+)
+def test_masks_of_native_multihead_attention(mask, mask_type, calls, served):
+    mask = torch.rand(mask) < 0.3
+    assert_same_native(served, calls, mask=mask, mask_type=mask_type)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embed_dim": 2 * EMBED},
+        {"num_head": 7},
+        {"key": torch.randn(4, 97, EMBED), "value": torch.randn(4, 97, EMBED)},
+        {"query": torch.randn(96, EMBED)},
+        {"qkv_weight": torch.randn(6 * EMBED, EMBED)},
+    ],
+    ids=" ".join,
+)
+def test_what_native_multihead_attention_refuses(changes, served):
+    assert_same_native(served, 0, **changes)
+
+
+def assert_same_native(served, calls, **changes):
+    """torch._native_multi_head_attention gives torch's result, or ends in its error."""
+    x = torch.randn(4, 96, EMBED)
+    weights = [
+        torch.randn(shape) / EMBED**0.5 for shape in ((3 * EMBED, EMBED), (3 * EMBED,), (EMBED, EMBED))
+    ]
+    arguments = {
+        **dict.fromkeys(("query", "key", "value"), x),
+        **{"embed_dim": EMBED, "num_head": HEADS, "need_weights": False},
+        **dict(zip(("qkv_weight", "qkv_bias", "proj_weight"), weights, strict=True)),
+        **{"proj_bias": torch.zeros(EMBED), **changes},
+    }
+
+    def result():
+        try:
+            return torch._native_multi_head_attention(**arguments)[0]
+        except Exception as error:
+            return type(error), str(error)
+
+    expected = result()
+    with sdpa.enable("cpu"):
+        got = result()
+    assert len(served) == calls
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert got == expected
 
 
 def test_multihead_attention_under_autocast(served):
@@ -1024,6 +1169,15 @@ def test_what_flash_attention_leaves_to_torch(left):
     assert torch.equal(flash_sdpa(small, small, small), small + 1)
     torchs._destroy()
     assert not has_kernel(FLASH, "CPU")
+
+
+def test_a_debug_mask_with_dropout_is_refused(flash):
+    """Torch's kernel would draw other bits for it than the backward here."""
+    q = torch.randn(2, 4, 9, 16)
+    with pytest.raises(ValueError, match=r"return_debug_mask: got True with dropout_p 0.5, expected False"):
+        flash_sdpa(q, q, q, dropout_p=0.5, return_debug_mask=True)
+    with pytest.raises(fastgpt.BackendUnsupported, match="a debug mask or a block table"):  # torch's, if any
+        flash_sdpa(q, q, q, return_debug_mask=True)
 
 
 def test_flash_attention_in_a_graph(flash):

@@ -41,7 +41,13 @@ LAYERS = [
     ("fastgpt.proof",),
     tuple(f"fastgpt.ops.{op}.{name}" for op in OPS for name in IMPLEMENTATIONS),
     ("fastgpt.ops.launch", "fastgpt.ops.cuda", "fastgpt.ops.torch"),
-    ("fastgpt.ops.checks", "fastgpt.ops.native", "fastgpt.ops.device", "fastgpt.ops.vmap"),
+    (
+        "fastgpt.ops.checks",
+        "fastgpt.ops.native",
+        "fastgpt.ops.device",
+        "fastgpt.ops.vmap",
+        "fastgpt.ops.autograd",
+    ),
     ("fastgpt.ops.philox", *(f"fastgpt.ops.{op}.spec" for op in OPS)),
 ]
 

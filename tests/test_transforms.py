@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import AVAILABLE, assert_parity
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -186,6 +187,64 @@ def test_vmap_inside_of_a_gradient(backend):
     expected = torch.autograd.grad(looped(*leaves), leaves)
     torch.testing.assert_close(torch.autograd.grad(run(*leaves), leaves), expected)
     torch.testing.assert_close(grad(run, (0, 1, 2, 3, 4))(*inputs), expected)
+
+
+def merged(x, **options):
+    lse = x[..., 0].transpose(-1, -2)
+    return fastgpt.merge_attention_states(x, lse, x, lse, **options)[0]
+
+
+def rotated(x, **options):
+    tables = torch.ones(2, 7, 2)
+    return fastgpt.rotary_embedding(x, *tables, **options)
+
+
+OPERATORS = {  # each of x (batch, seqlen, nheads, headdim), and its name
+    "attention": (lambda x, **o: fastgpt.attention(x, x, x, **o), "fastgpt.attention"),
+    "norm": (fastgpt.layer_norm, "a norm of fastgpt"),
+    "merge": (merged, "fastgpt.merge_attention_states"),
+    "rotary": (rotated, "fastgpt.rotary_embedding"),
+}
+
+
+def dual(function, x):
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+FORWARD_MODE = {
+    "dual": dual,
+    "jvp": lambda function, x: jvp(function, (x,), (x,)),
+    "jacfwd": lambda function, x: jacfwd(function)(x),
+}
+
+
+@pytest.mark.parametrize("transform", FORWARD_MODE)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_forward_mode_is_refused_by_name(name, transform):
+    function, named = OPERATORS[name]
+    function = functools.partial(function, backend="reference")
+    with pytest.raises(NotImplementedError, match=rf"^{named} has no forward-mode derivative.*jacrev is of"):
+        FORWARD_MODE[transform](function, torch.randn(1, 7, 2, 4))
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "rotary"])
+def test_second_derivatives_of_forward_mode_are_refused(name):
+    function, _ = OPERATORS[name]
+    x, dout = torch.randn(2, 1, 7, 2, 4)
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        hessian(lambda x: function(x).sum())(x)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        jvp(vjp(function, x)[1], (dout,), (dout,))
+
+
+@pytest.mark.parametrize("name", ["attention", "norm", "rotary"])
+def test_the_way_out_of_forward_mode(name):
+    function, _ = OPERATORS[name]
+    x = torch.randn(1, 7, 2, 4)
+    with sdpa_kernel(SDPBackend.MATH):
+        got = jacfwd(lambda x: function(x, backend="torch"))(x)
+    torch.testing.assert_close(got, jacrev(function)(x))
 
 
 def test_nested_vmap():

@@ -62,37 +62,49 @@ class FusedParallel(ParallelStyle):
 
     Raises:
         TypeError: the module is none of these.
-        ValueError: the ranks are no divisor of its key heads, or of its width.
+        ValueError: the mesh has several dimensions, the module is sharded already, or the ranks are no
+            divisor of its key heads, or of its width. The module is as it was, then.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if device_mesh.ndim != 1:
+            raise ValueError(f"device_mesh: got {device_mesh.ndim} dimensions, expected 1, as mesh['tp'] has")
+        if any(isinstance(child, Apart) for child in module.children()):
+            raise ValueError(
+                f"module: got a {type(module).__name__} that is sharded already, expected a whole one"
+            )
         ranks = device_mesh.size()
+        # Sizes change last: what fails before leaves the module as it was.
         if isinstance(module, FusedCausalSelfAttention):
             nheads, nheads_k = module.num_heads, module.num_kv_heads
             self._check("num_kv_heads", nheads_k, ranks)
             sizes = tuple(n * module.headdim for n in (nheads, nheads_k, nheads_k))
+            self._shard(module, "qkv_proj", "out_proj", sizes, device_mesh)
             module.num_heads, module.num_kv_heads = nheads // ranks, nheads_k // ranks
-            module.qkv_proj = _apart(module.qkv_proj, sizes, device_mesh)  # type: ignore[assignment]
-            parallelize_module(module.out_proj, device_mesh, RowwiseParallel())
         elif isinstance(module, Attention):
             nheads, nheads_k = module.nheads, module.nheads_k
             self._check("nheads_k", nheads_k, ranks)
             sizes = tuple(n * module.headdim for n in (nheads, nheads_k, nheads_k))
+            self._shard(module, "qkv", "out", sizes, device_mesh)
             module.nheads, module.nheads_k = nheads // ranks, nheads_k // ranks
-            module.qkv = _apart(module.qkv, sizes, device_mesh)  # type: ignore[assignment]
-            parallelize_module(module.out, device_mesh, RowwiseParallel())
         elif isinstance(module, MLP):
             self._check("intermediate_size", module.width, ranks)
             sizes = (module.width,) * (2 if module.gated else 1)
+            self._shard(module, "up", "down", sizes, device_mesh)
             module.width //= ranks
-            module.up = _apart(module.up, sizes, device_mesh)  # type: ignore[assignment]
-            parallelize_module(module.down, device_mesh, RowwiseParallel())
         else:
             raise TypeError(
                 f"module: got {type(module).__name__}, expected FusedCausalSelfAttention, "
                 "or an attention or MLP of a GPT"
             )
         return module
+
+    @staticmethod
+    def _shard(module: nn.Module, into: str, out_of: str, sizes: tuple[int, ...], mesh: DeviceMesh) -> None:
+        """By the names of the projections into the heads or the width, and out of them."""
+        parts = _apart(getattr(module, into), sizes, mesh)
+        parallelize_module(getattr(module, out_of), mesh, RowwiseParallel())
+        setattr(module, into, parts)
 
     @staticmethod
     def _check(name: str, size: int, ranks: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,18 +22,23 @@ from fastgpt.ops.attention.spec import AttentionTensors
 # Of a mesh dimension: the placements of the outputs, and of the inputs with None for what is no tensor.
 Choice = tuple[list[Any], list[Any]]
 _registered = False
+_lock = threading.Lock()
 
 
 @traced_as_constant
 def prepare() -> None:
     """Registers the rules if there may be DTensors, whose module takes longer to import than fastgpt."""
     global _registered
-    if not _registered and "torch.distributed.tensor" in sys.modules:
-        _registered = True
+    if _registered or "torch.distributed.tensor" not in sys.modules:
+        return
+    with _lock:
+        if _registered:  # by another thread, meanwhile
+            return
         try:
             register()
         except Exception as error:  # of a torch to come, say: plain tensors are served in any case
             logger.warning("fastgpt: DTensors are not served with this torch: %r", error)
+        _registered = True
 
 
 def _replicated(outputs: int, inputs: Sequence[object]) -> Choice:

@@ -19,7 +19,7 @@ What fastgpt cannot serve, or not faster, is left to torch, and the logger "fast
 a reason; :func:`unserved` has the rule. While torch.compile or torch.export traces, that is all: a graph
 outlives the block, in memory and in caches on disk that know nothing of it. (In a graph, call
 fastgpt.attention by its name.) ``torch.nn.attention.sdpa_kernel`` without FLASH_ATTENTION has its way, too:
-with MATH, torch has the second derivatives that neither fastgpt nor torch's flash attention has.
+with MATH, torch has second derivatives, which fastgpt has not.
 
 On GPUs there is torch's own hook for flash attention, too: after :func:`register`,
 ``torch.nn.attention.activate_flash_attention_impl("fastgpt")``. No GPU has run this module yet.
@@ -36,9 +36,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from fastgpt import dispatch
-from fastgpt.integrations.sdpa.flash_impl import FlashAttention, register
+from fastgpt.integrations.sdpa.flash_impl import FlashAttention, like, register
 from fastgpt.integrations.sdpa.override import left, original, override
 from fastgpt.integrations.sdpa.rule import FEWEST_MHA, shape_of, unserved
 from fastgpt.ops import checks
@@ -49,6 +50,7 @@ __all__ = ["FlashAttention", "Serving", "disable", "enable", "register", "unserv
 
 SDPA = "scaled_dot_product_attention"
 MHA = "_native_multi_head_attention"
+PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 _lock = threading.RLock()
 _active: list[Serving] = []
@@ -64,9 +66,27 @@ def _around(*tensors: Tensor | None) -> str | None:
         return "torch.func's transforms"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode derivatives"
+    if torch._C._get_dispatch_mode(PROXY) is not None:
+        return "make_fx, whose graphs are torch's"
     if not torch.backends.cuda.flash_sdp_enabled():
         return "flash attention is switched off (torch.nn.attention.sdpa_kernel)"
     return None
+
+
+def _heads_are_sequences(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
+    """Whether all axes before the last two merge in every tensor as it lies."""
+    lead, qkv = query.shape[:-2], (query, key, value)
+    if lead != key.shape[:-2] or not all(t.is_contiguous() for t in qkv):
+        return False
+    if attn_mask is None or attn_mask.shape[:-2].numel() == 1:
+        return True
+    return attn_mask.shape[:-2] == lead and attn_mask.is_contiguous()
+
+
+def _dense_by_torch(query: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether torch would take its math path, whose result is dense; of the others it is like query."""
+    math_enabled = torch.backends.cuda.math_sdp_enabled()  # else torch may have no path, and says so
+    return math_enabled and torch._fused_sdp_choice(query, *args, **kwargs) == SDPBackend.MATH.value
 
 
 def _attend(
@@ -80,7 +100,7 @@ def _attend(
     enable_gqa: bool,
     backend: str | None,
 ) -> Tensor:
-    """What :func:`unserved` has nothing against."""
+    """What :func:`unserved` has nothing against; the result has the strides of torch's."""
     shape = shape_of(query, key, enable_gqa)
     assert shape is not None
     rank = max(query.dim(), key.dim())
@@ -99,25 +119,38 @@ def _attend(
         # where keys are fewer than queries, fastgpt's window, aligned bottom-right, makes up for it.
         key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
         right = max(seqlen_q - seqlen_k, 0)
-    if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (len(shape.batch) + 3 - attn_mask.dim())]
-        if attn_mask.dim() > 4:
-            attn_mask = attn_mask.expand(*shape.batch, *attn_mask.shape[-3:]).flatten(0, -4)
-    out: Any = attention(
-        bhsd(query, shape.nheads).transpose(1, 2),
-        bhsd(key, shape.nheads_k).transpose(1, 2),
-        bhsd(value, shape.nheads_k).transpose(1, 2),
+    attend: Any = functools.partial(
+        attention,
         causal=False,
         window_size=(-1, right),
         softmax_scale=scale,
-        attn_bias=attn_mask,
         dropout_p=dropout_p,
         backend=backend,
     )
-    out = out.transpose(1, 2)
+    if _heads_are_sequences(query, key, value, attn_mask):
+        # Of one head each, out of which the result comes dense.
+        mask = None if attn_mask is None else attn_mask.view(-1, 1, *attn_mask.shape[-2:])
+        q, k, v = (t.view(-1, t.shape[-2], 1, t.shape[-1]) for t in (query, key, value))
+        return attend(q, k, v, attn_bias=mask).view(*query.shape[:-1], value.shape[-1])
+    mask = attn_mask
+    if mask is not None:
+        mask = mask[(None,) * (len(shape.batch) + 3 - mask.dim())]
+        if mask.dim() > 4:
+            mask = mask.expand(*shape.batch, *mask.shape[-3:]).flatten(0, -4)
+    out = attend(
+        bhsd(query, shape.nheads).transpose(1, 2),
+        bhsd(key, shape.nheads_k).transpose(1, 2),
+        bhsd(value, shape.nheads_k).transpose(1, 2),
+        attn_bias=mask,
+    ).transpose(1, 2)
     if rank > 4:
-        return out.unflatten(0, shape.batch)
-    return out[(0,) * (4 - rank)] if rank < 4 else out
+        out = out.unflatten(0, shape.batch)
+    elif rank < 4:
+        out = out[(0,) * (4 - rank)]
+    args = (query, key, value, attn_mask, dropout_p, is_causal)
+    if out.shape != query.shape or _dense_by_torch(*args, scale=scale, enable_gqa=enable_gqa):
+        return out.contiguous()
+    return like(query, out)
 
 
 def _backend() -> str | None:
@@ -153,18 +186,26 @@ def _unserved_mha(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    embed_dim: int,
     num_head: int,
+    mask: Tensor | None,
     hidden: Tensor | None,
     need_weights: bool,
     backend: str | None,
     *weights: Tensor,
 ) -> str | None:
-    if reason := _around(query, key, value, hidden, *weights):
+    if reason := _around(query, key, value, mask, *weights):
         return reason
     if need_weights:
         return "the weights are to be returned, which fastgpt never stores"
-    if query.dim() != 3 or query.shape[-1] % num_head or any(t.dtype != query.dtype for t in weights):
-        return "weights of another dtype, heads that do not divide them, or no batch"
+    if query.dim() != 3 or not query.shape == key.shape == value.shape or query.shape[-1] != embed_dim:
+        return f"query, key and value that are not (batch, seqlen, {embed_dim}) all three"
+    if embed_dim % num_head or weights[0].shape != (3 * embed_dim, embed_dim):
+        return "weights of another size, or heads that do not divide them"
+    if any(t.dtype != query.dtype for t in weights):
+        return "weights of another dtype"
+    if mask is not None and hidden is None:
+        return "a mask that is not of every key or of every score"
     q, k, v = (t.unflatten(-1, (num_head, -1)).transpose(1, 2) for t in (query, key, value))
     if reason := unserved(q, k, v, hidden, backend=backend):
         return reason
@@ -195,13 +236,19 @@ def _mha_kernel(
 ) -> tuple[Tensor, Tensor | None]:
     """aten::_native_multi_head_attention, projections and all.
 
-    query, key, value: (batch, seqlen, embed_dim). mask: (batch, seqlen) with mask_type 1, otherwise
-    (batch, num_head, seqlen, seqlen); what is not 0 is hidden.
+    query, key, value: (batch, seqlen, embed_dim). mask: (batch, seqlen) with mask_type 1, or with any
+    (batch, num_head, seqlen, seqlen); what is not 0 is hidden. (seqlen, seqlen), of mask_type 0, is torch's.
     """
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-    hidden = mask[:, None, None] if mask is not None and mask_type == 1 else mask
+    hidden = None
+    if mask is not None:
+        if mask_type == 1 and mask.shape == query.shape[:2]:
+            hidden = mask[:, None, None]
+        elif mask.shape == (query.shape[0], num_head, query.shape[1], query.shape[1]):
+            hidden = mask
     backend = _backend()
-    reason = _unserved_mha(query, key, value, num_head, hidden, need_weights, backend, *weights)
+    sizes = (embed_dim, num_head)
+    reason = _unserved_mha(query, key, value, *sizes, mask, hidden, need_weights, backend, *weights)
     if left(MHA, reason):
         options = (mask, need_weights, average_attn_weights, mask_type)
         return own(query, key, value, embed_dim, num_head, *weights, *options)
@@ -230,16 +277,21 @@ def _kernels() -> dict[tuple[str, str], Callable[..., Any]]:
 
 
 class Serving:
-    """What :func:`enable` began; ends with :meth:`undo`, or where ``with enable():`` does."""
+    """What :func:`enable` began; ends with :meth:`undo`, or where ``with`` does, which begins it again."""
 
     def __init__(self, backend: str | None) -> None:
         self.backend = backend
+        self._begin()
+
+    def _begin(self) -> None:
         with _lock:
-            if not _active:
-                _libraries.append(override(_kernels()))
-            _active.append(self)
+            if self not in _active:
+                if not _active:
+                    _libraries.append(override(_kernels()))
+                _active.append(self)
 
     def __enter__(self) -> Serving:
+        self._begin()
         return self
 
     def __exit__(
@@ -262,8 +314,14 @@ def enable(backend: str | None = None) -> Serving:
 
     Its meaning is torch's: top-left causal masks, boolean and additive masks (with their gradient), dropout
     (of other bits), GQA, broadcasting, any number of batch axes, autocast. Tensors of (batch, nheads, seqlen,
-    headdim) are read where they lie. A row that sees no key gives 0. nn.MultiheadAttention is left to torch
+    headdim) are read where they lie, and the result has the strides of torch's. A row that sees no key gives
+    0; one hidden only by finite numbers beyond about 1e6 (a float mask of -1e9 everywhere, say) has the right
+    output but no usable gradient: hide by -inf or by a boolean mask. nn.MultiheadAttention is left to torch
     where need_weights is True.
+
+    Lost is what torch's math path has, which torch takes on the CPU with dropout, with a mask that requires a
+    gradient, and for tensors that are not 4-D: second derivatives, so that a gradient penalty needs
+    ``sdpa_kernel(SDPBackend.MATH)``, and writing into the result in place before its backward.
 
     Args:
         backend: serves all that it can, faster or not, and torch the rest. Default ``FASTGPT_BACKEND``, else

@@ -91,6 +91,12 @@ class FlashAttention:
         block_table: Tensor | None = None,
         num_splits: int | None = None,
     ) -> tuple[Tensor, ...]:
+        if return_debug_mask and dropout_p:
+            # Torch's kernel, which alone has the mask, would draw other bits than the backward here.
+            raise ValueError(
+                f"return_debug_mask: got True with dropout_p {dropout_p:g}, expected False; torch's own "
+                "kernel has it, after torch.nn.attention.restore_flash_attention_impl()"
+            )
         if return_debug_mask or block_table is not None:
             raise dispatch.BackendUnsupported("a debug mask or a block table")
         tensors = AttentionTensors(cum_seq_q, cum_seq_k, seqused_k, None, alibi_slopes)
@@ -115,7 +121,7 @@ class FlashAttention:
                 options |= {"cu_seqlens_q": cum_seq_q, "cu_seqlens_k": cum_seq_k}
                 out, lse = attention_varlen(query, key, value, **options)
         state = query.new_zeros(2, dtype=torch.uint64) if rng_state is None else rng_state.view(torch.uint64)
-        return _like(query, out), lse, state, query.new_zeros((), dtype=torch.uint64), query.new_empty(0)
+        return like(query, out), lse, state, query.new_zeros((), dtype=torch.uint64), query.new_empty(0)
 
     def forward_inplace(self, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result, lse, *_ = self.forward(*args, **kwargs)
@@ -149,7 +155,7 @@ class FlashAttention:
         spec, backend = self._spec(query, value, scale, *window, dropout_p, tensors)
         args = (query, key, value, out, logsumexp, False, *pack(spec, tensors, backend))
         grads = torch.ops.fastgpt.attention_bwd.default(grad_out, None, *args)[:3]
-        return tuple(map(_like, (query, key, value), grads))
+        return tuple(map(like, (query, key, value), grads))
 
     def sdpa_forward(
         self,
@@ -184,10 +190,10 @@ class FlashAttention:
         return tuple(d.transpose(1, 2) for d in grads)
 
 
-def _like(t: Tensor, result: Tensor) -> Tensor:
+def like(t: Tensor, result: Tensor) -> Tensor:
     """result with the strides of torch.empty_like(t)."""
-    like = torch.empty_like(t)
-    return result if result.stride() == like.stride() else like.copy_(result)
+    empty = torch.empty_like(t)
+    return result if result.stride() == empty.stride() else empty.copy_(result)
 
 
 def _or_original(operator: str, key: str, kernel: Callable[..., Any]) -> Callable[..., Any]:

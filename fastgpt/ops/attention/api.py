@@ -156,7 +156,9 @@ def attention(
             added (Press et al. 2021, arXiv:2108.12409).
         sink: (nheads), float32: a logit that joins the softmax's denominator only.
         attn_bias: (batch, nheads, seqlen_q, seqlen_k) or 1 in any place; added to the scores, or,
-            if bool, True where a key is visible.
+            if bool, True where a key is visible. But on ``reference``, a row hidden only by finite numbers
+            beyond about 1e6 (a float mask of -1e9 everywhere, say) has the right output but no usable
+            gradient: hide by -inf or by a boolean mask.
         dropout_p: probability of dropping a softmax probability.
         rng_state: (2), int64: Philox seed and offset of the dropout; drawn from torch's generator if None.
         seqused_k: (batch), int32: how many rows of k and v each sequence uses; None for all.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops import sharding, vmap
+from fastgpt.ops import autograd, sharding, vmap
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
 from fastgpt.ops.checks import needs_autograd, own_precision
 
@@ -153,34 +153,21 @@ def _backward_fake(
     return dq, dk, dv, dsink, dbias
 
 
-class AttentionBackward(torch.autograd.Function):
-    """attention_bwd, for create_graph=True and torch.func: its result has a history that ends in an error."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastgpt.attention_bwd.default(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(
-            "fastgpt.attention has no second derivative; backend='torch' may have one, and "
-            "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) has"
-        )
-
-
-def _differentiable_backward(*args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled():
-        return AttentionBackward.apply(*args)
-    return torch.ops.fastgpt.attention_bwd.default(*args)
+AttentionBackward, _differentiable_backward = autograd.backward_of(
+    "attention_bwd",
+    "fastgpt.attention has no second derivative; backend='torch' may have one, and "
+    "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) has",
+)
 
 
 class Attention(torch.autograd.Function):
     """attention_fwd with its derivative."""
+
+    jvp = autograd.no_forward_mode(
+        "fastgpt.attention",
+        "jacrev is of reverse mode, and "
+        "F.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) has one",
+    )
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -73,9 +73,26 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: AttentionTensors
     return s, x
 
 
-def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
-    """exp(s − lse); 0 in rows that see no key."""
-    return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+def _softmax(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The probabilities, 0 in rows that see no key; the sink's; and lse.
+
+    Not exp(s − lse): of a row with scores of 1e30, lse is one of them, log(n) being lost in its rounding.
+    """
+    column = s.new_full((), -torch.inf) if sink is None else sink.to(s.dtype)[:, None, None]
+    s = torch.cat((s, column.expand(*s.shape[:-1], 1)), -1)  # the sink is a key with value 0
+    m = s.amax(-1, keepdim=True)
+    m = m.masked_fill(m == -torch.inf, 0)
+    e = torch.exp(s - m)
+    total = e.sum(-1, keepdim=True)
+    p = e / total.masked_fill(total == 0, 1)
+    return p[..., :-1], p[..., -1], (m + total.log()).squeeze(-1)
+
+
+def _probabilities(s: Tensor, sink: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(s − lse) and exp(sink − lse), by the softmax of s: lse may be that of more keys than these."""
+    p, p_sink, own = _softmax(s, sink)
+    factor = torch.exp((own - lse).masked_fill(own == lse, 0))  # of infinities, too
+    return p * factor[..., None], p_sink * factor
 
 
 def _keep_factor(
@@ -93,7 +110,7 @@ def signed_probabilities(
     q: Tensor, k: Tensor, lse: Tensor, spec: AttentionSpec, tensors: AttentionTensors, first_batch: int = 0
 ) -> Tensor:
     """(batch, nheads, sq, sk): the probabilities, negative where dropout drops them."""
-    p = _probabilities(_scores(q, k, spec, tensors)[0], lse)
+    p, _ = _probabilities(_scores(q, k, spec, tensors)[0], tensors.sink, lse)
     if not spec.dropout_p:
         return p
     assert tensors.rng_state is not None
@@ -110,10 +127,7 @@ def _forward_dense(
 ) -> tuple[Tensor, Tensor]:
     acc = accumulator(q.dtype)
     s, _ = _scores(q, k, spec, tensors)
-    lse = torch.logsumexp(s, dim=-1)
-    if tensors.sink is not None:
-        lse = torch.logaddexp(lse, tensors.sink.to(acc)[None, :, None])
-    p = _probabilities(s, lse)
+    p, _, lse = _softmax(s, tensors.sink)
     factor = _keep_factor(p, spec, tensors, first_batch)
     if factor is not None:
         p = p * factor
@@ -140,7 +154,7 @@ def _backward_dense(
     group = q.shape[2] // nheads_k
     dout, lse = dout.to(acc), lse.to(acc)
     s, x = _scores(q, k, spec, tensors)
-    p = _probabilities(s, lse)
+    p, p_sink = _probabilities(s, tensors.sink, lse)
     factor = _keep_factor(p, spec, tensors, first_batch)
     # out = P V, so dV = Pᵀ dout and dP = dout Vᵀ.
     dropped = p if factor is None else p * factor
@@ -155,10 +169,7 @@ def _backward_dense(
     ds = p * (dp - delta[..., None])
     dsink = dbias = None
     if tensors.sink is not None:
-        # The sink is a column with value 0: its dP is 0.
-        p_sink = torch.exp(
-            tensors.sink.to(acc)[None, :, None] - lse.masked_fill(lse == -torch.inf, torch.inf)
-        )
+        # The sink's value is 0, so its dP is 0.
         dsink = -(p_sink * delta).sum((0, 2)).to(tensors.sink.dtype)
     if tensors.attn_bias is not None and bias_gradient:
         dbias = ds.sum_to_size(tensors.attn_bias.shape).to(tensors.attn_bias.dtype)

@@ -104,8 +104,13 @@ def forward(
         slopes = tensors.alibi_slopes.to(acc).expand(batch, nheads)
         s = s - slopes[:, :, None, None] * (i - j).abs()[:, None]
     s = s.masked_fill(~visible[:, None], -torch.inf)
-    lse = torch.logsumexp(s, dim=-1)
-    if tensors.sink is not None:
-        lse = torch.logaddexp(lse, tensors.sink.to(acc)[None, :, None])
-    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    return torch.einsum("bhij,bjhd->bihd", p, gather(v_cache, tensors.v_descale)).to(q.dtype), lse
+    # The sink is a key with value 0. Not exp(s − lse), where log(n) is lost in the rounding of a large lse.
+    sink = s.new_full((), -torch.inf) if tensors.sink is None else tensors.sink.to(acc)[:, None, None]
+    s = torch.cat((s, sink.expand(*s.shape[:-1], 1)), -1)
+    m = s.amax(-1, keepdim=True)
+    m = m.masked_fill(m == -torch.inf, 0)
+    e = torch.exp(s - m)
+    total = e.sum(-1, keepdim=True)
+    p = (e / total.masked_fill(total == 0, 1))[..., :-1]
+    out = torch.einsum("bhij,bjhd->bihd", p, gather(v_cache, tensors.v_descale))
+    return out.to(q.dtype), (m + total.log()).squeeze(-1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops import sharding, vmap
+from fastgpt.ops import autograd, sharding, vmap
 from fastgpt.ops.checks import needs_autograd, own_precision
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -73,31 +73,15 @@ def _backward_fake(
     return dout_a, dlse_a, dout_b, dlse_b
 
 
-class MergeBackward(torch.autograd.Function):
-    """merge_bwd, for create_graph=True and torch.func: its result has a history that ends in an error."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastgpt.merge_bwd.default(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError("fastgpt.merge_attention_states has no second derivative")
-
-
-def _differentiable_backward(*args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled():
-        return MergeBackward.apply(*args)
-    return torch.ops.fastgpt.merge_bwd.default(*args)
+MergeBackward, _differentiable_backward = autograd.backward_of(
+    "merge_bwd", "fastgpt.merge_attention_states has no second derivative"
+)
 
 
 class Merge(torch.autograd.Function):
     """merge_fwd with its derivative."""
+
+    jvp = autograd.no_forward_mode("fastgpt.merge_attention_states", "jacrev is of reverse mode")
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops import sharding, vmap
+from fastgpt.ops import autograd, sharding, vmap
 from fastgpt.ops.checks import needs_autograd, own_precision
 from fastgpt.ops.norm.spec import NormSpec
 
@@ -139,31 +139,17 @@ def _backward_fake(
     return z.new_empty(z.shape), z.new_empty(z.shape if apart else (0,)), dweight, dbias
 
 
-class NormBackward(torch.autograd.Function):
-    """norm_bwd, for create_graph=True and torch.func: its result has a history that ends in an error."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastgpt.norm_bwd.default(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError("fastgpt's norms have no second derivative; backend='torch' has one")
-
-
-def _differentiable_backward(*args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled():
-        return NormBackward.apply(*args)
-    return torch.ops.fastgpt.norm_bwd.default(*args)
+NormBackward, _differentiable_backward = autograd.backward_of(
+    "norm_bwd", "fastgpt's norms have no second derivative; backend='torch' has one"
+)
 
 
 class Norm(torch.autograd.Function):
     """norm_fwd with its derivative."""
+
+    jvp = autograd.no_forward_mode(
+        "a norm of fastgpt", "backend='torch' has one, and jacrev is of reverse mode"
+    )
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

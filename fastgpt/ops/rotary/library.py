@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops import sharding, vmap
+from fastgpt.ops import autograd, sharding, vmap
 from fastgpt.ops.checks import needs_autograd
 from fastgpt.ops.rotary.spec import RotarySpec, RotaryTensors
 
@@ -64,6 +64,10 @@ def _forward_fake(x: Tensor, *args: Any) -> Tensor:
 
 class Rotary(torch.autograd.Function):
     """rotary with its derivative, which is its transpose: the inverse rotation."""
+
+    jvp = autograd.no_forward_mode(
+        "fastgpt.rotary_embedding", "backend='torch' has one, and jacrev is of reverse mode"
+    )
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
