@@ -147,6 +147,41 @@ def test_softmax_scale_reaches_the_kernels(backend):
     torch.testing.assert_close(out, plain_attention(q, k, v, True, (-1, -1), scale=0.7)[0])
 
 
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_softmax_scale_that_is_not_positive(backend, dtype, scale):
+    inputs = [torch.randn(1, n, 2, 40).to(dtype) for n in (70, 90, 90)]
+    grads = torch.randn(1, 70, 2, 40).to(dtype), torch.randn(1, 2, 70)
+
+    def plain(q, k, v):
+        return plain_attention(q, k, v, True, (-1, -1), scale=scale)
+
+    got = run(
+        lambda *t: fastgpt.attention(*t, softmax_scale=scale, return_lse=True, backend=backend),
+        inputs,
+        dtype,
+        grads,
+    )
+    rough, exact = (run(plain, inputs, precision, grads) for precision in (dtype, torch.float64))
+    for name, *tensors in zip(("out", "lse", "dq", "dk", "dv"), got, rough, exact, strict=True):
+        assert_parity(name, *tensors, factor=factor_of(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # fp16's least is not as little
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_row_hidden_by_finite_numbers_sees_all_keys_alike(backend, dtype):
+    """As in PyTorch. transformers' masks have the least finite number where others have -inf."""
+    q, k, v = (torch.randn(1, 20, 2, 16).to(dtype) for _ in range(3))
+    bias = torch.zeros(1, 1, 20, 20, dtype=dtype)
+    bias[..., 3:7, :] = torch.finfo(dtype).min
+    out, lse = fastgpt.attention(q, k, v, causal=False, attn_bias=bias, return_lse=True, backend=backend)
+    mean = v.double().mean(1, keepdim=True).expand(1, 4, 2, 16)
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out[:, 3:7].double(), mean, atol=bound, rtol=0)
+    assert lse.isfinite().all()
+
+
 def test_torch_backend_keeps_an_fp32_bias_for_16_bit_tensors():
     q, k, v = (torch.randn(1, 16, 2, 8).bfloat16() for _ in range(3))
     bias = 300 + 5 * torch.randn(1, 1, 16, 16)  # bf16 would round it by up to 1
