@@ -373,6 +373,15 @@ def test_what_others_ask_of_the_attention_is_refused(name):
         AttentionInterface()["fastgpt"](model, q, q, q, None, **{name: q})
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_queries_keys_and_values_of_any_strides(which):
+    qkv = [torch.randn(1, 2, 3, 8) for _ in range(3)]
+    module = torch.nn.Module()
+    expected, _ = attention.attention_forward(module, *qkv, None)
+    qkv[which] = qkv[which].mT.contiguous().mT
+    assert torch.equal(attention.attention_forward(module, *qkv, None)[0], expected)
+
+
 SHAPE = {
     "vocab_size": 101,
     "hidden_size": 64,

@@ -239,3 +239,12 @@ def test_tokens_of_an_encoder_and_decoder(ids, beams):
         return model.generate(ids, attention_mask=mask, **options)
 
     assert torch.equal(generate(with_attention(model, fastgpt.register())), generate(model))
+
+
+@torch.no_grad()
+def test_norms_of_what_a_convolution_made():
+    model = randomized(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION)))
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    expected = result(copy.deepcopy(model).double(), inputs)
+    plain = result(with_attention(model, "eager"), inputs)
+    assert_parity("output", result(fastgpt.patch(model), inputs), plain, expected)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgpt import dispatch
 from fastgpt.ops.attention.api import attention
+from fastgpt.ops.checks import unit_rows
 
 NAME = "fastgpt"
 RANGES = torch.uint32  # the dtype of masks that are ranges of keys: nobody else's masks have it
@@ -80,9 +81,9 @@ def attention_forward(
         bias, causal, sliding_window = attention_mask, False, None  # the mask has it all
     width = -1 if sliding_window is None else sliding_window - 1
     out = attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        unit_rows(query.transpose(1, 2)),
+        unit_rows(key.transpose(1, 2)),
+        unit_rows(value.transpose(1, 2)),
         causal=causal,
         softmax_scale=scaling,
         window_size=(width, 0 if causal else width),
