@@ -355,6 +355,15 @@ def test_patching_twice_or_undoing_nothing_is_an_error(hf):
     fastgpt.patch(fastgpt.unpatch(hf))
 
 
+def test_the_rest_of_a_model_whose_attention_is_fastgpts_already(hf, ids):
+    hf.set_attn_implementation(fastgpt.register())
+    expected = hf(ids).logits
+    fastgpt.patch(hf, attention=False)
+    torch.testing.assert_close(hf(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    fastgpt.unpatch(hf)
+    assert hf.config._attn_implementation == "fastgpt" and torch.equal(hf(ids).logits, expected)
+
+
 def test_what_is_none_of_transformers_models_is_refused():
     with pytest.raises(TypeError, match=r"^model: got Linear, expected a transformers model"):
         fastgpt.patch(torch.nn.Linear(2, 2))

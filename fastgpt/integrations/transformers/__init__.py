@@ -162,7 +162,7 @@ def patch(
     previous = model.config._attn_implementation
     if hasattr(model, RECORD):
         raise ValueError(f"model: got a {kind} that is patched, expected one that is not")
-    if previous is not None and previous.startswith(NAME):
+    if attention and previous is not None and previous.startswith(NAME):
         raise ValueError("model: its config asks for fastgpt already; does it share it with a patched model?")
     if attention and model.config.output_attentions:
         raise ValueError(
