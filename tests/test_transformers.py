@@ -716,4 +716,4 @@ def test_ranges_of_keys_are_where_the_model_is():
     ranges = attention.attention_mask(
         batch_size=2, q_length=5, kv_length=5, mask_function=bidirectional_mask_function, device="meta"
     )
-    assert ranges.device.type == "meta" and ranges.shape == (2, 1, 1, 2)
+    assert ranges.device.type == "meta" and ranges.shape == (2, 2, 1, 2)

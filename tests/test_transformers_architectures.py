@@ -242,6 +242,39 @@ def test_tokens_of_an_encoder_and_decoder(ids, beams):
 
 
 @torch.no_grad()
+def test_a_prompt_that_is_not_causal_of_modules_that_are(ids):
+    vision = VISION | {"model_type": "siglip_vision_model", "projection_dim": 64}
+    text = GROUPED | {"model_type": "gemma", "head_dim": 16}
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=64, image_token_index=101
+    )
+    model = randomized(transformers.PaliGemmaForConditionalGeneration(config))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = result(copy.deepcopy(model).double(), inputs)
+    plain = result(with_attention(model, "eager"), inputs)
+    got = result(with_attention(model, fastgpt.register()), inputs)
+    assert_parity("logits", got, plain, expected)
+
+
+def test_causal_masks_of_modules_that_are_not_causal(ids):
+    """generate() makes them for an encoder, too, with a static cache."""
+    model = randomized(transformers.BertLMHeadModel(transformers.BertConfig(**SHAPE)))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def logits(model):
+        options = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
+        options |= {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
+        return torch.stack(model.generate(ids, attention_mask=mask, max_new_tokens=4, **options).logits)
+
+    expected = logits(copy.deepcopy(model).double())
+    plain, got = (logits(with_attention(model, name)) for name in ("eager", fastgpt.register()))
+    assert_parity("logits", got, plain, expected)
+
+
+@torch.no_grad()
 def test_norms_of_what_a_convolution_made():
     model = randomized(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION)))
     inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}

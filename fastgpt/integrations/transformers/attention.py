@@ -71,6 +71,8 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     ranges = bias = None
     if attention_mask is not None and attention_mask.dtype == RANGES:
+        # As the mask was asked for, whatever the module says: PaliGemma's is causal, but not in a prompt.
+        causal = attention_mask.shape[1] == 1
         if attention_mask.shape[2] > 1:  # some architectures say their window in the mask alone (Phi-MoE)
             sliding_window = attention_mask.shape[2] - 1
         if attention_mask.shape[3]:
@@ -173,7 +175,8 @@ def attention_mask(
         None, where the module's ``is_causal`` says all, unlike with ``sdpa`` also for several queries behind
         a cache. Else, for windows, padding before or behind each sequence and caches that are longer than
         what they hold, (batch, 1, 1 + window, 2), uint32: each sequence's first key and one past its last,
-        with window 0 for none; the last dimension is 0 where all keys are meant.
+        with window 0 for none; the second dimension is 2 where queries see the keys behind their own, too;
+        the last is 0 where all keys are meant.
         Else (batch, 1, q_length, kv_length), bool, True where a key is visible.
     """
     from transformers.masking_utils import prepare_padding_mask, sdpa_mask
@@ -196,7 +199,7 @@ def attention_mask(
             return torch.empty(batch_size, 1, 1 + window, 0, dtype=RANGES, device=device)
         ranges = _key_ranges(pattern, end, tokens, batch_size, device)
         if ranges is not None:
-            return ranges.view(RANGES).expand(-1, -1, 1 + window, -1)
+            return ranges.view(RANGES).expand(-1, 1 + (pattern == "bidirectional"), 1 + window, -1)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
