@@ -7,8 +7,8 @@ is neither becomes a dense mask.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,41 @@ from fastgpt import dispatch
 from fastgpt.ops.attention.api import attention
 from fastgpt.ops.checks import unit_rows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NAME = "fastgpt"
 RANGES = torch.uint32  # the dtype of masks that are ranges of keys: nobody else's masks have it
 # What some architectures pass to an attention function and this one does not compute: T5's bias, the keys
 # that DeepSeek-V3.2 and MiniMax-M3 choose, Inkling's logit for each query. And where continuous batching
 # writes in its cache: no mask tells its sequences apart (batching.py does).
 REFUSED = ("position_bias", "indices", "block_indices", "sinks", "write_index")
+TRANSFORMERS_OWN = frozenset({"sdpa", "flash_attn", "flex_attn"})  # its attentions beside eager
+
+
+def attentions(model: type[PreTrainedModel]) -> frozenset[str]:
+    """Which of TRANSFORMERS_OWN a class of models works with. Where it is none, an attention function and a
+    mask are not all of the model's attention: DeepSeek-V4 appends keys to those that the mask is made for.
+    """
+    return frozenset(name for name in TRANSFORMERS_OWN if getattr(model, f"_supports_{name}"))
+
+
+@functools.lru_cache
+def _attentions_of(config: type) -> frozenset[str]:
+    """The same of all classes of models that have a config of such a class."""
+    from transformers import PreTrainedModel
+
+    def below(kind: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
+        for child in kind.__subclasses__():
+            yield from (child, *below(child))
+
+    found = [attentions(kind) for kind in below(PreTrainedModel) if kind.config_class is config]
+    return frozenset().union(*found) if found else TRANSFORMERS_OWN
+
+
+@torch.compiler.assume_constant_result
+def attentions_of(config: Any) -> frozenset[str]:
+    return _attentions_of(type(config))  # type: ignore[arg-type]  # mypy: no class is hashable
 
 
 def attention_forward(
@@ -167,6 +196,7 @@ def attention_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """A mask function of transformers' ``AttentionMaskInterface``.
@@ -178,15 +208,27 @@ def attention_mask(
         with window 0 for none; the second dimension is 2 where queries see the keys behind their own, too;
         the last is 0 where all keys are meant.
         Else (batch, 1, q_length, kv_length), bool, True where a key is visible.
+
+    Raises:
+        TypeError: the config is of a model whose attention transformers does not let others compute.
     """
+    works_with = attentions_of(config)
+    if not works_with:
+        raise TypeError(
+            f"attn_implementation: got a name of fastgpt's for a model with {type(config).__name__}, whose "
+            "attention transformers does not let others compute; expected 'eager'"
+        )
     from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
     pattern = _pattern(mask_function)
     window = local_size or 0 if pattern == "window" else 0
     end = kv_length if pattern == "bidirectional" else q_offset + q_length - kv_offset
-    # The model computes with the mask itself (Doge, DeepSeek-V3.2). Static caches ask for one too, for single
-    # queries, which no mask function can tell from it.
-    dense = pattern != "bidirectional" and not allow_is_causal_skip and q_length > 1
+    # A model that computes with the mask itself (Doge, DeepSeek-V3.2, T5Gemma 2) asks for it, and works with
+    # no flash-attention, which has none. Static caches ask too, for single queries.
+    if pattern == "bidirectional":
+        dense = not allow_is_bidirectional_skip and "flash_attn" not in works_with
+    else:
+        dense = not allow_is_causal_skip and (q_length > 1 or "flash_attn" not in works_with)
     if pattern is not None and not dense and (pattern != "window" or window > 0):
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         tokens = None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
@@ -211,6 +253,7 @@ def attention_mask(
         local_size=local_size,
         allow_is_causal_skip=False,
         device=device,
+        config=config,
         **kwargs,
     )
 
