@@ -297,8 +297,33 @@ def test_flash_attn_3_of_packed_queries_over_caches(paged):
         torch.testing.assert_close(lse[:, rows], expected[1][0], rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="max_seqlen_q: got None"):
         flash_attn_3.flash_attn_with_kvcache(q, *caches, **options)
-    with pytest.raises(RuntimeError, match="k: got a tensor, expected None"):
-        flash_attn_3.flash_attn_with_kvcache(q, *caches, q, q, max_seqlen_q=5, **options)
+    for name in ("k", "v", "rotary_cos", "rotary_sin", "rotary_seqlens"):
+        with pytest.raises(RuntimeError, match=f"{name}: got a tensor, expected None"):
+            flash_attn_3.flash_attn_with_kvcache(q, *caches, max_seqlen_q=5, **options, **{name: q})
+
+
+def test_edges_of_queries_over_caches_are_checked():
+    q, caches, lengths = torch.randn(8, 4, 16), torch.randn(2, 3, 24, 2, 16), torch.full((3,), 9).int()
+
+    def of_3(q, edges, longest):
+        options = {"cache_seqlens": lengths, "cu_seqlens_q": edges, "max_seqlen_q": longest}
+        return flash_attn_3.flash_attn_with_kvcache(q, *caches, **options)
+
+    def of_2(q, edges, longest):
+        table = torch.arange(3).int()[:, None]
+        options = {"max_seqlen_q": longest, "max_seqlen_k": 9, "block_table": table}
+        return flash_attn.flash_attn_varlen_func(
+            q, *caches, cu_seqlens_q=edges, cu_seqlens_k=_edges(9, 9, 9), **options
+        )
+
+    for call in (of_3, of_2):
+        torch.testing.assert_close(call(q, _edges(3, 0, 5), 7), call(q, _edges(3, 0, 5), 5))
+        with pytest.raises(RuntimeError, match="max_seqlen_q: got 4, expected at least 5"):
+            call(q, _edges(3, 0, 5), 4)
+        with pytest.raises(RuntimeError, match="cu_seqlens_q: got 7 as its last, expected 8"):
+            call(q, _edges(3, 0, 4), 5)
+        with pytest.raises(RuntimeError, match="q: got NoneType"):
+            call(None, _edges(3, 0, 5), 5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -325,6 +350,8 @@ def test_errors_are_runtime_errors_that_name_the_argument():
     for change, message in (
         ({"k": torch.randn(2, 9, 3, 16)}, r"v: got shape .*, expected \(2, 9, 3, headdim_v\) like k"),
         ({"q": torch.randn(2, 9, 64)}, "q: got"),
+        ({"q": None}, "q: got NoneType"),
+        ({"q": None, "dropout_p": 0.5, "return_attn_probs": True}, "q: got NoneType"),
         ({"window_size": (1, 2, 3)}, "window_size: got"),
         ({"dropout_p": 1.5}, r"dropout_p: got 1\.5"),
         ({"alibi_slopes": torch.rand(3)}, "alibi_slopes: got"),

@@ -355,6 +355,15 @@ def test_patching_twice_or_undoing_nothing_is_an_error(hf):
     fastgpt.patch(fastgpt.unpatch(hf))
 
 
+def test_the_rest_of_a_model_whose_attention_is_fastgpts_already(hf, ids):
+    hf.set_attn_implementation(fastgpt.register())
+    expected = hf(ids).logits
+    fastgpt.patch(hf, attention=False)
+    torch.testing.assert_close(hf(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    fastgpt.unpatch(hf)
+    assert hf.config._attn_implementation == "fastgpt" and torch.equal(hf(ids).logits, expected)
+
+
 def test_what_is_none_of_transformers_models_is_refused():
     with pytest.raises(TypeError, match=r"^model: got Linear, expected a transformers model"):
         fastgpt.patch(torch.nn.Linear(2, 2))
@@ -371,6 +380,15 @@ def test_what_others_ask_of_the_attention_is_refused(name):
     model, q = torch.nn.Module(), torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match=rf"^{name}: got a value for Module"):
         AttentionInterface()["fastgpt"](model, q, q, q, None, **{name: q})
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_queries_keys_and_values_of_any_strides(which):
+    qkv = [torch.randn(1, 2, 3, 8) for _ in range(3)]
+    module = torch.nn.Module()
+    expected, _ = attention.attention_forward(module, *qkv, None)
+    qkv[which] = qkv[which].mT.contiguous().mT
+    assert torch.equal(attention.attention_forward(module, *qkv, None)[0], expected)
 
 
 SHAPE = {
@@ -698,4 +716,4 @@ def test_ranges_of_keys_are_where_the_model_is():
     ranges = attention.attention_mask(
         batch_size=2, q_length=5, kv_length=5, mask_function=bidirectional_mask_function, device="meta"
     )
-    assert ranges.device.type == "meta" and ranges.shape == (2, 1, 1, 2)
+    assert ranges.device.type == "meta" and ranges.shape == (2, 2, 1, 2)

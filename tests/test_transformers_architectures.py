@@ -64,17 +64,48 @@ def test_a_window_that_the_mask_alone_says(ids, padding):
     assert_parity("logits", got, other, expected)
 
 
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+VISION |= {"image_size": 16, "patch_size": 4}
+# These compute with the mask themselves.
+WITH_THE_MASK = {
+    "doge": lambda: transformers.DogeForCausalLM(transformers.DogeConfig(**GROUPED)),
+    "t5gemma2": lambda: transformers.T5Gemma2ForConditionalGeneration(
+        transformers.T5Gemma2Config(
+            encoder={"text_config": GROUPED | {"head_dim": 16}, "vision_config": VISION},
+            decoder=GROUPED
+            | {
+                "head_dim": 16,
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            }
+            | {"num_hidden_layers": 4},
+        )
+    ),
+}
+
+
 @torch.no_grad()
-def test_a_mask_that_the_model_computes_with(ids):
-    model = randomized(transformers.DogeForCausalLM(transformers.DogeConfig(**GROUPED)))
-    expected, other = model.double()(ids).logits, model.float()(ids).logits
-    model.set_attn_implementation(fastgpt.register())
-    assert_parity("logits", model(ids).logits, other, expected)
+@pytest.mark.parametrize("name", WITH_THE_MASK)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_mask_that_the_model_computes_with(ids, padding, name):
+    stock = randomized(WITH_THE_MASK[name]())
+    model = with_attention(stock, fastgpt.register())
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    options = {"attention_mask": mask} | ({"decoder_input_ids": ids[:, 5:9]} if name == "t5gemma2" else {})
+    expected, other, got = (
+        m(ids, **options).logits
+        for m in (copy.deepcopy(stock).double(), with_attention(stock, "eager"), model)
+    )
+    real = mask.bool() if name == "doge" else ...
+    assert_parity("logits", got[real], other[real], expected[real])
 
-    def generate(model):
-        return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    def generate(model, **options):
+        return model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **options).tolist()
 
-    assert generate(model) == generate(with_attention(model, "eager"))
+    tokens = generate(stock)
+    assert generate(model) == tokens
+    assert generate(model, cache_implementation="static", disable_compile=True) == tokens
 
 
 EXPERTS_FREE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_layer_types": ["dense"] * 3}
@@ -92,7 +123,9 @@ OWN_ATTENTION = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("argument", OWN_ATTENTION)
-def test_attention_that_fastgpt_has_not_is_refused(ids, argument):
+@pytest.mark.parametrize("tokens", [19, 1])
+def test_attention_that_fastgpt_has_not_is_refused(ids, argument, tokens):
+    ids = ids[:, :tokens]
     config = OWN_ATTENTION[argument]
     kind = (
         transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
@@ -103,6 +136,49 @@ def test_attention_that_fastgpt_has_not_is_refused(ids, argument):
         ValueError, match=rf"^{argument}: got a value for \w+Attention, fastgpt's attention has only"
     ):
         model(ids, **inputs)
+
+
+@torch.no_grad()
+def test_attention_that_appends_keys_of_its_own_is_refused(ids):
+    config = transformers.DeepseekV4Config(
+        **SHAPE, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, head_dim=16
+    )
+    kind = transformers.AutoModelForCausalLM
+    with pytest.raises(TypeError, match=r"^model: got DeepseekV4ForCausalLM, whose attention"):
+        fastgpt.patch(kind.from_config(config))
+    model = kind.from_config(config, attn_implementation=fastgpt.register()).eval()
+    for call in (model, model.generate):
+        with pytest.raises(
+            TypeError, match=r"^attn_implementation: got .* DeepseekV4Config, whose attention"
+        ):
+            call(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["patch", "attn_implementation"])
+def test_a_model_around_one_whose_attention_others_may_compute(ids, way):
+    """GOT-OCR2 says of itself that it works with none of transformers'; its language model does with all."""
+    tower = {"output_channels": 16, "mlp_dim": 96, "global_attn_indexes": [1], "window_size": 2}
+    config = transformers.GotOcr2Config(
+        vision_config=VISION | tower | {"image_size": 64, "patch_size": 16},
+        text_config=GROUPED | {"model_type": "qwen2"},
+        image_token_id=100,
+    )
+    kind = transformers.GotOcr2ForConditionalGeneration
+    model = randomized(kind._from_config(config, attn_implementation="eager"))
+    ids[ids == 100] = 99
+    ids[:, 7] = 100
+    mask = torch.ones_like(ids)
+    mask[0, -5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 64, 64)}
+    expected, other = result(copy.deepcopy(model).double(), inputs), result(model, inputs)
+    if way == "patch":
+        fastgpt.patch(model)
+        assert model.config.vision_config._attn_implementation == "eager"
+    else:
+        model.set_attn_implementation(fastgpt.register())
+    assert model.config.text_config._attn_implementation == "fastgpt"
+    assert_parity("logits", result(model, inputs), other, expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -123,8 +199,6 @@ def test_weights_of_attention_are_refused(ids, training):
         model.generate(ids, max_new_tokens=1, output_attentions=True, return_dict_in_generate=True)
 
 
-ENCODER = {name: SHAPE[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-VISION = ENCODER | {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
 LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
 TRANSLATOR = LAYERS | {"d_model": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 # Of each: its class, its configuration, and what it takes beside tokens and their mask.
@@ -245,3 +319,45 @@ def test_tokens_of_an_encoder_and_decoder(ids, beams):
         return model.generate(ids, attention_mask=mask, **options)
 
     assert torch.equal(generate(with_attention(model, fastgpt.register())), generate(model))
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_not_causal_of_modules_that_are(ids):
+    vision = VISION | {"model_type": "siglip_vision_model", "projection_dim": 64}
+    text = GROUPED | {"model_type": "gemma", "head_dim": 16}
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=64, image_token_index=101
+    )
+    model = randomized(transformers.PaliGemmaForConditionalGeneration(config))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = result(copy.deepcopy(model).double(), inputs)
+    plain = result(with_attention(model, "eager"), inputs)
+    got = result(with_attention(model, fastgpt.register()), inputs)
+    assert_parity("logits", got, plain, expected)
+
+
+def test_causal_masks_of_modules_that_are_not_causal(ids):
+    """generate() makes them for an encoder, too, with a static cache."""
+    model = randomized(transformers.BertLMHeadModel(transformers.BertConfig(**SHAPE)))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def logits(model):
+        options = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
+        options |= {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
+        return torch.stack(model.generate(ids, attention_mask=mask, max_new_tokens=4, **options).logits)
+
+    expected = logits(copy.deepcopy(model).double())
+    plain, got = (logits(with_attention(model, name)) for name in ("eager", fastgpt.register()))
+    assert_parity("logits", got, plain, expected)
+
+
+@torch.no_grad()
+def test_norms_of_what_a_convolution_made():
+    model = randomized(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION)))
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    expected = result(copy.deepcopy(model).double(), inputs)
+    plain = result(with_attention(model, "eager"), inputs)
+    assert_parity("output", result(fastgpt.patch(model), inputs), plain, expected)

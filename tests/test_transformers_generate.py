@@ -210,6 +210,17 @@ def test_continuous_batching_of_a_model_that_is_not_patched_is_refused(stock):
         batched(stock)
 
 
+def test_continuous_batching_on_a_cache_that_is_told_its_indices_is_refused(stock, monkeypatch):
+    from transformers.generation.continuous_batching import PagedAttentionCache
+
+    def update(self, key_states, value_states, layer_idx, read_index, write_index):
+        pass
+
+    monkeypatch.setattr(PagedAttentionCache, "update", update)  # as of transformers 5.4
+    with pytest.raises(RuntimeError, match=r"^generate_batch: got transformers .*, expected a later one"):
+        batched(fastgpt.patch(stock))
+
+
 # Tutorials: unchanged but for the one line
 
 

@@ -16,10 +16,10 @@ from fastgpt.integrations.flash_attn.flash_attn_interface import (
     Window,
     call,
     ragged_with_kvcache,
-    unit_rows,
     window,
 )
 from fastgpt.ops.attention.api import attention, attention_varlen
+from fastgpt.ops.checks import unit_rows
 from fastgpt.ops.decode.api import attention_with_kvcache
 from fastgpt.ops.rotary.api import rotary_embedding
 
@@ -119,8 +119,9 @@ def flash_attn_varlen_func(
     _refuse(
         qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk
     )
-    used, total = None, q.shape[0]
+    used = None
     if seqused_q is not None:
+        total = q.shape[0]
         ends, token = cu_seqlens_q[1:].long(), torch.arange(total, device=q.device)
         sequence = torch.bucketize(token, ends, right=True).clamp(max=len(ends) - 1)
         used = (token - cu_seqlens_q[sequence] < seqused_q[sequence]).nonzero().flatten()
@@ -184,7 +185,8 @@ def flash_attn_with_kvcache(
         q: (batch, seqlen_q, nheads, headdim) or, with cu_seqlens_q, (total_q, nheads, headdim).
         cache_seqlens: an int, (batch,) int32, or None: the whole cache is keys, and nothing can be appended.
         page_table: (batch, pages), int32; pages of any size.
-        cu_seqlens_q: (batch + 1), int32, with max_seqlen_q, the longest one; then nothing can be appended.
+        cu_seqlens_q: (batch + 1), int32, with max_seqlen_q, the longest one; then nothing can be appended or
+            turned.
         rotary_seqlens: (batch), int32: the position of each sequence's first new key and query; None for
             cache_seqlens.
         k_descale, v_descale: (batch, nheads_k) of a cache in int8 or float8_e4m3fn.
@@ -197,6 +199,8 @@ def flash_attn_with_kvcache(
         RuntimeError: an argument is not as above, or has not been written; the message names it.
     """
     _refuse(qv=qv, q_descale=q_descale, cu_seqlens_k_new=cu_seqlens_k_new, attention_chunk=attention_chunk)
+    if cu_seqlens_q is not None:
+        _refuse(k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens)
     if cache_seqlens is None:
         if k is not None:
             raise RuntimeError(
@@ -223,7 +227,6 @@ def flash_attn_with_kvcache(
         "num_splits": num_splits,
     }
     if cu_seqlens_q is not None:
-        _refuse(k=k)
         if max_seqlen_q is None:
             raise RuntimeError(
                 "max_seqlen_q: got None, expected the longest sequence's queries with cu_seqlens_q"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 Signature = tuple[object, ...] | None
 MOST_REMEMBERED = 4096  # signatures of an op: lengths that grow call by call are without end
 _NOTHING = contextlib.nullcontext()
+T = TypeVar("T")
 _C: Any = torch._C  # whose stubs lack some of what is read below
 
 
@@ -193,6 +194,13 @@ def check_tensor(name: str, value: object, axes: str, dtypes: tuple[torch.dtype,
         raise ValueError(
             f"{name}: got strides {value.stride()}, expected the last one to be 1; call .contiguous() on it"
         )
+
+
+def unit_rows(t: T) -> T:
+    """With unit stride of the last axis, as :func:`check_tensor` wants it: a copy where it has another."""
+    if isinstance(t, Tensor) and t.dim() and t.stride(-1) != 1 and t.shape[-1] > 1:
+        return t.contiguous()  # type: ignore[return-value]  # a tensor
+    return t
 
 
 def check_same(name: str, value: Tensor, other: Tensor, like: str = "q") -> None:

@@ -9,6 +9,7 @@ gradient that ``flash_attn_with_kvcache`` would have to give is an error, where 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastgpt.ops import checks
 from fastgpt.ops.attention import reference
 from fastgpt.ops.attention.api import attention, attention_varlen
 from fastgpt.ops.attention.spec import AttentionSpec, AttentionTensors
+from fastgpt.ops.checks import unit_rows
 from fastgpt.ops.decode.api import attention_with_kvcache
 
 Window = Sequence[int] | Tensor
@@ -41,11 +43,6 @@ def window(window_size: Window) -> tuple[int, int]:
     return left, right
 
 
-def unit_rows(t: Tensor | None) -> Tensor | None:
-    """With unit stride of the last axis."""
-    return t if t is None or not isinstance(t, Tensor) or t.stride(-1) == 1 else t.contiguous()
-
-
 def _unpacked(packed: Tensor, name: str, parts: int) -> Any:
     """The parts of (..., parts, nheads, headdim)."""
     if not isinstance(packed, Tensor) or packed.dim() < 4 or packed.shape[-3] != parts:
@@ -66,7 +63,6 @@ def _attend(
     return_attn_probs: bool,
 ) -> Any:
     q, k, v = map(unit_rows, tensors)
-    assert q is not None and k is not None and v is not None
     options = {
         "causal": causal,
         "softmax_scale": softmax_scale,
@@ -76,7 +72,7 @@ def _attend(
         "dropout_p": dropout_p,
         "return_lse": return_attn_probs,
     }
-    if return_attn_probs and dropout_p:
+    if return_attn_probs and dropout_p and isinstance(q, Tensor):
         options["rng_state"] = call(checks.check_dropout, dropout_p, None, q)
     if edges is None:
         result = call(attention, q, k, v, **options)
@@ -165,7 +161,11 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_func` of qkv (batch, seqlen, 3, nheads, headdim), read where it is."""
-    options: Any = (
+    q, k, v = _unpacked(qkv, "qkv", 3)
+    return flash_attn_func(
+        q,
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -175,7 +175,6 @@ def flash_attn_qkvpacked_func(
         deterministic,
         return_attn_probs,
     )
-    return flash_attn_func(*_unpacked(qkv, "qkv", 3), *options)
 
 
 def flash_attn_kvpacked_func(
@@ -191,7 +190,11 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_func` of q and kv (batch, seqlen_k, 2, nheads_k, headdim), read where it is."""
-    options: Any = (
+    k, v = _unpacked(kv, "kv", 2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -201,7 +204,6 @@ def flash_attn_kvpacked_func(
         deterministic,
         return_attn_probs,
     )
-    return flash_attn_func(q, *_unpacked(kv, "kv", 2), *options)
 
 
 def ragged_with_kvcache(
@@ -209,7 +211,17 @@ def ragged_with_kvcache(
 ) -> tuple[Tensor, Tensor]:
     """:func:`fastgpt.attention_with_kvcache` of packed queries (total_q, nheads, headdim): out likewise, and
     lse (nheads, total_q). The kernel has queries at fixed places: each sequence's stand at the end of its
-    row, where masks count from."""
+    row, where masks count from. The edges of CPU tensors are checked; a GPU would have to be waited for."""
+    call(checks.check_tensor, "q", unit_rows(q), checks.PACKED[0])
+    if q.is_cpu and not torch.compiler.is_compiling():
+        edges = cu_seqlens_q.tolist()
+        longest = max((end - start for start, end in itertools.pairwise(edges)), default=0)
+        if edges[-1] != q.shape[0]:
+            raise RuntimeError(f"cu_seqlens_q: got {edges[-1]} as its last, expected {q.shape[0]}, q's rows")
+        if longest > max_seqlen_q:
+            raise RuntimeError(
+                f"max_seqlen_q: got {max_seqlen_q}, expected at least {longest}, the longest of cu_seqlens_q"
+            )
     ends = cu_seqlens_q[1:].long()
     token = torch.arange(q.shape[0], device=q.device)
     sequence = torch.bucketize(token, ends, right=True)
@@ -294,7 +306,15 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` of qkv (total, 3, nheads, headdim), read where it is."""
-    options: Any = (
+    q, k, v = _unpacked(qkv, "qkv", 3)
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
         dropout_p,
         softmax_scale,
         causal,
@@ -304,8 +324,6 @@ def flash_attn_varlen_qkvpacked_func(
         deterministic,
         return_attn_probs,
     )
-    edges: Any = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(*_unpacked(qkv, "qkv", 3), *edges, *options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -325,7 +343,15 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` of q and kv (total_k, 2, nheads_k, headdim), read where it is."""
-    options: Any = (
+    k, v = _unpacked(kv, "kv", 2)
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
         dropout_p,
         softmax_scale,
         causal,
@@ -335,8 +361,6 @@ def flash_attn_varlen_kvpacked_func(
         deterministic,
         return_attn_probs,
     )
-    edges: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return flash_attn_varlen_func(q, *_unpacked(kv, "kv", 2), *edges, *options)
 
 
 def flash_attn_with_kvcache(

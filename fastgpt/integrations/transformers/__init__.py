@@ -26,6 +26,7 @@ from fastgpt.integrations.transformers.attention import (
     Implementations,
     attention_forward,
     attention_mask,
+    attentions,
     implementations,
     register,
     restore,
@@ -153,7 +154,7 @@ def patch(
     """
     wrapper, model = model, _unwrapped(model)
     kind = type(model).__name__
-    if attention and not model._supports_attention_backend:
+    if attention and not (model._supports_attention_backend and any(map(_on_its_interface, _parts(model)))):
         raise TypeError(
             f"model: got {kind}, whose attention transformers does not let others compute; "
             "attention=False patches its norms"
@@ -162,7 +163,7 @@ def patch(
     previous = model.config._attn_implementation
     if hasattr(model, RECORD):
         raise ValueError(f"model: got a {kind} that is patched, expected one that is not")
-    if previous is not None and previous.startswith(NAME):
+    if attention and previous is not None and previous.startswith(NAME):
         raise ValueError("model: its config asks for fastgpt already; does it share it with a patched model?")
     if attention and model.config.output_attentions:
         raise ValueError(
@@ -191,20 +192,31 @@ def patch(
     return wrapper
 
 
+def _parts(model: nn.Module) -> list[Any]:
+    """The models in a model, itself first: towers and language models are ones of their own."""
+    from transformers import PreTrainedModel
+
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _on_its_interface(part: Any) -> bool:
+    """Whether a model's attention is what transformers lets others compute, and no more than that."""
+    return bool(part._supports_attention_backend and attentions(type(part)))
+
+
 # Each returns what to say about it.
 
 
 def _patch_attention(model: Any, record: Patch) -> list[str]:
-    from transformers import PreTrainedModel
-
     record.hooks.append(model.register_forward_pre_hook(_refuse_output_attentions, with_kwargs=True))
-    before = {id(config): implementation for config, implementation in record.implementations}
-    model.config._attn_implementation = register(record.backend)
-    left = set()
-    for part in model.modules():  # a tower that is a model of its own may not let others compute
-        if isinstance(part, PreTrainedModel) and not part._supports_attention_backend:
-            part.config._attn_implementation = before.get(id(part.config), part.config._attn_implementation)
-            left.add(type(part).__name__)
+    name = register(record.backend)
+    parts = _parts(model)
+    own = [part for part in parts if not _on_its_interface(part)]
+    kept, asked = ({id(part.config) for part in those} for those in (own, parts))
+    for config, implementation in record.implementations:  # a config sets those in it, which come after it
+        if id(config) in asked:
+            config._attn_implementation = implementation if id(config) in kept else name
+    left = {type(part).__name__ for part in own}
     if hasattr(model, BATCHING):
         batching = functools.partial(continuous_batching, model, getattr(model, BATCHING), record.backend)
         setattr(model, BATCHING, batching)

@@ -7,14 +7,18 @@ is neither becomes a dense mask.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt import dispatch
 from fastgpt.ops.attention.api import attention
+from fastgpt.ops.checks import unit_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "fastgpt"
 RANGES = torch.uint32  # the dtype of masks that are ranges of keys: nobody else's masks have it
@@ -22,6 +26,32 @@ RANGES = torch.uint32  # the dtype of masks that are ranges of keys: nobody else
 # that DeepSeek-V3.2 and MiniMax-M3 choose, Inkling's logit for each query. And where continuous batching
 # writes in its cache: no mask tells its sequences apart (batching.py does).
 REFUSED = ("position_bias", "indices", "block_indices", "sinks", "write_index")
+TRANSFORMERS_OWN = frozenset({"sdpa", "flash_attn", "flex_attn"})  # its attentions beside eager
+
+
+def attentions(model: type[PreTrainedModel]) -> frozenset[str]:
+    """Which of TRANSFORMERS_OWN a class of models works with. Where it is none, an attention function and a
+    mask are not all of the model's attention: DeepSeek-V4 appends keys to those that the mask is made for.
+    """
+    return frozenset(name for name in TRANSFORMERS_OWN if getattr(model, f"_supports_{name}"))
+
+
+@functools.lru_cache
+def _attentions_of(config: type) -> frozenset[str]:
+    """The same of all classes of models that have a config of such a class."""
+    from transformers import PreTrainedModel
+
+    def below(kind: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
+        for child in kind.__subclasses__():
+            yield from (child, *below(child))
+
+    found = [attentions(kind) for kind in below(PreTrainedModel) if kind.config_class is config]
+    return frozenset().union(*found) if found else TRANSFORMERS_OWN
+
+
+@torch.compiler.assume_constant_result
+def attentions_of(config: Any) -> frozenset[str]:
+    return _attentions_of(type(config))  # type: ignore[arg-type]  # mypy: no class is hashable
 
 
 def attention_forward(
@@ -70,6 +100,8 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     ranges = bias = None
     if attention_mask is not None and attention_mask.dtype == RANGES:
+        # As the mask was asked for, whatever the module says: PaliGemma's is causal, but not in a prompt.
+        causal = attention_mask.shape[1] == 1
         if attention_mask.shape[2] > 1:  # some architectures say their window in the mask alone (Phi-MoE)
             sliding_window = attention_mask.shape[2] - 1
         if attention_mask.shape[3]:
@@ -80,9 +112,9 @@ def attention_forward(
         bias, causal, sliding_window = attention_mask, False, None  # the mask has it all
     width = -1 if sliding_window is None else sliding_window - 1
     out = attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        unit_rows(query.transpose(1, 2)),
+        unit_rows(key.transpose(1, 2)),
+        unit_rows(value.transpose(1, 2)),
         causal=causal,
         softmax_scale=scaling,
         window_size=(width, 0 if causal else width),
@@ -164,6 +196,7 @@ def attention_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """A mask function of transformers' ``AttentionMaskInterface``.
@@ -172,17 +205,30 @@ def attention_mask(
         None, where the module's ``is_causal`` says all, unlike with ``sdpa`` also for several queries behind
         a cache. Else, for windows, padding before or behind each sequence and caches that are longer than
         what they hold, (batch, 1, 1 + window, 2), uint32: each sequence's first key and one past its last,
-        with window 0 for none; the last dimension is 0 where all keys are meant.
+        with window 0 for none; the second dimension is 2 where queries see the keys behind their own, too;
+        the last is 0 where all keys are meant.
         Else (batch, 1, q_length, kv_length), bool, True where a key is visible.
+
+    Raises:
+        TypeError: the config is of a model whose attention transformers does not let others compute.
     """
+    works_with = attentions_of(config)
+    if not works_with:
+        raise TypeError(
+            f"attn_implementation: got a name of fastgpt's for a model with {type(config).__name__}, whose "
+            "attention transformers does not let others compute; expected 'eager'"
+        )
     from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
     pattern = _pattern(mask_function)
     window = local_size or 0 if pattern == "window" else 0
     end = kv_length if pattern == "bidirectional" else q_offset + q_length - kv_offset
-    # The model computes with the mask itself (Doge, DeepSeek-V3.2). Static caches ask for one too, for single
-    # queries, which no mask function can tell from it.
-    dense = pattern != "bidirectional" and not allow_is_causal_skip and q_length > 1
+    # A model that computes with the mask itself (Doge, DeepSeek-V3.2, T5Gemma 2) asks for it, and works with
+    # no flash-attention, which has none. Static caches ask too, for single queries.
+    if pattern == "bidirectional":
+        dense = not allow_is_bidirectional_skip and "flash_attn" not in works_with
+    else:
+        dense = not allow_is_causal_skip and (q_length > 1 or "flash_attn" not in works_with)
     if pattern is not None and not dense and (pattern != "window" or window > 0):
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         tokens = None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
@@ -195,7 +241,7 @@ def attention_mask(
             return torch.empty(batch_size, 1, 1 + window, 0, dtype=RANGES, device=device)
         ranges = _key_ranges(pattern, end, tokens, batch_size, device)
         if ranges is not None:
-            return ranges.view(RANGES).expand(-1, -1, 1 + window, -1)
+            return ranges.view(RANGES).expand(-1, 1 + (pattern == "bidirectional"), 1 + window, -1)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -207,6 +253,7 @@ def attention_mask(
         local_size=local_size,
         allow_is_causal_skip=False,
         device=device,
+        config=config,
         **kwargs,
     )
 

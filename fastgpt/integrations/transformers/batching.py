@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,11 +85,19 @@ def continuous_batching(
     **kwargs: Any,
 ) -> Iterator[Any]:
     """``model.continuous_batching_context_manager``, in which the model's attention is the one above."""
-    from transformers import AttentionInterface
+    import transformers
+    from transformers.generation.continuous_batching import PagedAttentionCache
 
+    if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
+        raise RuntimeError(
+            f"generate_batch: got transformers {transformers.__version__}, whose paged cache takes indices "
+            "from the attention function, expected a later one; without fastgpt, call fastgpt.unpatch(model)"
+        )
     previous = implementations(model.config)
     name = f"{model.config._attn_implementation}_paged_flash"
-    AttentionInterface.register(name, functools.partial(paged_attention_forward, backend=backend))
+    transformers.AttentionInterface.register(
+        name, functools.partial(paged_attention_forward, backend=backend)
+    )
     model.config._attn_implementation = name
     try:
         with original(*args, **kwargs) as manager:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgpt.ops.checks import unit_rows
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 # The parameters of the forward that gpt2_block_forward stands for: before and since transformers 5.24.
@@ -48,6 +49,8 @@ def norm_forward(
         return original(x), x
     if norm.one_more:
         weight = 1.0 + weight.float()
+    # Vision towers normalise what a convolution made, channels first.
+    x, residual = unit_rows(x), unit_rows(residual)
     return norm.fused(
         x, weight, bias, norm.eps, residual=residual, prenorm=residual is not None, backend=backend
     )
