@@ -461,12 +461,20 @@ def variant_results(
     other = fused("reference") if by_reference else in_plain
     calls = (fused(backend), dtype), (other, dtype), (other, torch.float64)
     got, plain, exact = (run_variant(call, inputs, precision, grads) for call, precision in calls)
-    if by_reference and backend in dispatch.GPU_KERNELS:
+    if by_reference and _has_matrix_unit(backend):
         rough = run_variant(in_plain, inputs, dtype, grads)
         plain = (*plain[:2], *map(_worse, plain[2:], rough[2:], exact[2:]))
     names = ["out", "lse", "dq", "dk", "dv"]
     names += ["dsink"] * (inputs[3] is not None) + ["dbias"] * (inputs[4] is not None and not variant.mask)
     return list(zip(names[: len(got)], got, plain, exact, strict=True))
+
+
+def _has_matrix_unit(backend: str) -> bool:
+    if backend != "cpu":
+        return backend in dispatch.GPU_KERNELS
+    from fastgpt import _cpu
+
+    return _cpu.isa.startswith("amx")
 
 
 def _worse(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
