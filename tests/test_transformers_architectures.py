@@ -290,8 +290,8 @@ def test_gradients_of_encoders_and_cross_attention(other):
     dout = torch.randn_like(result(model, inputs))
 
     def gradients(model):
-        """Of each layer's parameters together: a bias is the weight of an input of 1. That of keys alone would be
-        all rounding: softmax does not see what keys have in common."""
+        """Of each layer's parameters together: a bias is the weight of an input of 1. That of keys by itself
+        would be all rounding: softmax does not see what keys have in common."""
         result(model, inputs).backward(dout.to(model.dtype))
         layers = {}
         for name, p in model.named_parameters():

@@ -66,8 +66,8 @@ def judge(draw: Callable[[], list[Result]]) -> dict[str, float]:
     """:func:`assert_parity` of what ``draw`` gives for fresh random inputs, by name.
 
     Over a few elements the error of plain PyTorch is a matter of luck, and may be 0. There, several draws are
-    judged as one: 64 elements, or 16 draws. One case in a thousand still has bad luck in 64, and in 16 bits in
-    thousands, where the few largest count alone (both seen, of correct kernels); so where a tensor of no more
+    judged as one: 64 elements, or 16 draws. One case in a thousand still has bad luck in 64, and in bf16 in
+    thousands, where the few largest alone count (both seen, of correct kernels); so where a tensor of no more
     fails, it is judged once more among 4 times as many, itself one of them.
     """
     draws = [draw()]
