@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -144,9 +146,23 @@ PARTS = 8  # of a weight
 MOST_ROWS, MOST_ROWS_OF_WIDE = 4, 6  # with which parts are faster; wide is twice as much out as in
 
 
+@functools.cache
+def rows_take_one_thread() -> bool:
+    """Whether torch multiplies a row of fp32 by a matrix on one thread: MKL does, but on Intel's chips."""
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+
+
+def serves_few_rows(weight: Tensor) -> bool:
+    """Whether :func:`linear_of_few_rows` can be faster than torch, for any rows."""
+    return weight.is_cpu and weight.dtype == torch.float32 and rows_take_one_thread()
+
+
 def has_few_rows(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
     """Whether :func:`linear_of_few_rows` takes these, and is the faster way."""
-    if not (type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 == weight.dtype):
+    if not (type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and serves_few_rows(weight)):
         return False
     plain = type(weight) in PLAIN_TENSORS and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
     wide = not transposed and weight.shape[0] >= 2 * weight.shape[1]
@@ -158,8 +174,8 @@ def has_few_rows(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
 def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
     """``F.linear(x, weight, bias)`` at the speed of memory, for a few rows of float32 on the CPU.
 
-    torch multiplies one such row by a matrix on one thread; a batch of products, one for each part of the
-    weight's rows, runs on all of them (docs/log.md).
+    Where torch multiplies one such row by a matrix on one thread, a batch of products, one for each part of
+    the weight's rows, runs on all of them (docs/log.md).
 
     Args:
         x: (..., in_features).

@@ -140,7 +140,8 @@ def patch(
             on, where transformers copies all of it at every token, unless gradients are enabled. (By the name
             ``cache`` or ``past_key_values`` to the model itself; with up to half of its size as room.)
         linear: layers that multiply up to 4 to 6 rows of float32 on a CPU, without gradients, do so on all
-            threads; generate() with one sequence spends most of its time there.
+            threads; generate() with one sequence spends most of its time there. (On Intel's processors
+            torch does so itself: none is swapped.)
         backend: of attention and norms; default ``FASTGPT_BACKEND``, else ``auto``.
 
     Returns:

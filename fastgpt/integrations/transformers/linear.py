@@ -1,7 +1,7 @@
 """Products of a few rows, a token's at every step of generate(), on all threads of a CPU.
 
-fp32 generation of one sequence spends most of its time there: torch multiplies one row by a matrix on one
-thread (:func:`fastgpt.nn.linear_of_few_rows`).
+fp32 generation of one sequence spends most of its time there: but on Intel's processors, torch multiplies one
+row by a matrix on one thread (:func:`fastgpt.nn.linear_of_few_rows`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.nn import has_few_rows, linear_of_few_rows
+from fastgpt.nn import has_few_rows, linear_of_few_rows, serves_few_rows
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether :func:`linear_forward` can be faster than the module's own ``forward``."""
     if type(module) is not nn.Linear and not _is_conv1d(module):
         return False
-    weight: Any = module.weight
-    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return serves_few_rows(module.weight)  # type: ignore[arg-type]
 
 
 def _is_conv1d(module: nn.Module) -> bool:
