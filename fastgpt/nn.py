@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.ops.attention.api import attention
-from fastgpt.ops.checks import PLAIN_TENSORS
+from fastgpt.ops.checks import PLAIN_TENSORS, unit_rows
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -24,11 +24,6 @@ def _check_one_axis(normalized_shape: tuple[int, ...]) -> None:
 def _served(x: Tensor, weight: Tensor | None) -> bool:
     """Whether the fused norms take these: no nested tensor, a weight in x's dtype or float32."""
     return not x.is_nested and (weight is None or weight.dtype in (x.dtype, torch.float32))
-
-
-def _unit_rows(t: Tensor) -> Tensor:
-    """With last stride 1, as the fused norms read it."""
-    return t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous()
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -63,8 +58,7 @@ class FusedLayerNorm(nn.LayerNorm):
         """The norm of input + residual, (..., normalized_shape) each; with ``prenorm`` also that sum."""
         if residual is None and not prenorm and not _served(input, self.weight):
             return super().forward(input)
-        input = _unit_rows(input)
-        residual = None if residual is None else _unit_rows(residual)
+        input, residual = unit_rows(input), unit_rows(residual)
         return layer_norm(input, self.weight, self.bias, self.eps, residual=residual, prenorm=prenorm)
 
 
@@ -99,8 +93,7 @@ class FusedRMSNorm(nn.RMSNorm):
         """The norm of x + residual, (..., normalized_shape) each; with ``prenorm`` also that sum."""
         if residual is None and not prenorm and not _served(x, self.weight):
             return super().forward(x)
-        x = _unit_rows(x)
-        residual = None if residual is None else _unit_rows(residual)
+        x, residual = unit_rows(x), unit_rows(residual)
         wide = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(wide).eps if self.eps is None else self.eps
         return rms_norm(x, self.weight, None, eps, residual=residual, prenorm=prenorm)

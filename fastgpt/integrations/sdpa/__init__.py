@@ -110,7 +110,7 @@ def _attend(
         full = (*shape.batch, nheads, *t.shape[-2:])
         t = t if t.shape == full else t.expand(full)
         t = t if t.dim() == 4 else t.flatten(0, -4)
-        return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+        return checks.unit_rows(t)
 
     seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
     right = -1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops import autograd, sharding, vmap
-from fastgpt.ops.checks import needs_autograd, own_precision
+from fastgpt.ops.checks import needs_autograd, own_precision, unit_rows
 from fastgpt.ops.norm.spec import NormSpec
 
 library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -84,11 +84,6 @@ def _forward_fake(
     return x.new_empty(x.shape), residual_out, mean, x.new_empty(x.shape[:-1], dtype=acc)
 
 
-def _unit_rows(t: Tensor) -> Tensor:
-    """autograd makes gradients with any strides (a sum's is expanded); kernels read unit rows."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _backward(
     dout: Tensor,
     dresidual_out: Tensor | None,
@@ -105,8 +100,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = dispatch.implementation("norm", backend).backward(
-        _unit_rows(dout),
-        None if dresidual_out is None else _unit_rows(dresidual_out),
+        unit_rows(dout),  # autograd makes gradients with any strides: a sum's is expanded
+        unit_rows(dresidual_out),
         z,
         weight,
         bias,
