@@ -401,6 +401,38 @@ def test_several_python_threads_at_once(backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+def test_large_scores_in_bf16_give_an_average_of_values(backend):
+    """Of 1e10, whose rounding is hundreds. One key has them all, or two that are alike share them."""
+    q, k = (3e4 * torch.randn(1, 70, 2, 64).bfloat16() for _ in range(2))
+    v = torch.randn(1, 70, 2, 64).bfloat16()
+    out, lse = fastgpt.attention(q, k, v, return_lse=True, backend=backend)
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()).masked_fill(
+        torch.ones(70, 70).triu(1).bool(), -torch.inf
+    )
+    best = scores.argmax(-1)  # (1, nheads, 70)
+    expected = torch.stack([v[0, best[0, h], h] for h in range(2)], 1)[None]
+    assert torch.equal(out, expected) and lse.isfinite().all()
+    out, lse = fastgpt.attention(q, k[:, :1].expand(1, 70, 2, 64), v, return_lse=True, backend=backend)
+    mean = v.double().cumsum(1) / torch.arange(1, 71)[:, None, None]
+    torch.testing.assert_close(out.double(), mean, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_hidden_key_reaches_no_gradient(backend, dtype, value):
+    q, k, v = (torch.randn(1, 40, 2, 16).to(dtype) for _ in range(3))
+    k[:, 5] = value
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool)
+    mask[..., 5] = False
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = fastgpt.attention(*leaves, causal=False, attn_bias=mask, backend=backend)
+    _, dk, dv = torch.autograd.grad(out.float().sum(), leaves)
+    assert out.isfinite().all() and (dk[:, 5] == 0).all() and (dv[:, 5] == 0).all()
+    assert dv.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_large_scores_do_not_overflow(backend):
     # Scores of hundreds, where exp(88) is infinite; many rows, for the largest error to be typical.
     q, k = 12 * torch.randn(2, 300, 4, 32), 12 * torch.randn(2, 300, 4, 32)

@@ -6,6 +6,7 @@
 
 constexpr int kMatrixRows = 16;   // of a tile register, and columns in fp32
 constexpr int kMatrixDepth = 32;  // bf16 elements of its rows
+static_assert(kLanes == kMatrixRows && kTileCols == kMatrixDepth && kGradBlock % kMatrixDepth == 0);
 
 struct MatrixUnit {
 #ifdef FASTGPT_EMULATE_AMX
@@ -126,7 +127,7 @@ typedef uint16_t vw_unaligned __attribute__((vector_size(64), aligned(2), may_al
 FASTGPT_INLINE vw load_words(const bf16* p, int64_t n) {
   if (n >= kMatrixDepth) return *reinterpret_cast<const vw_unaligned*>(p);
   bf16 padded[kMatrixDepth] = {};
-  __builtin_memcpy(padded, p, max(n, 0) * sizeof(bf16));
+  __builtin_memcpy(padded, p, n * sizeof(bf16));
   return *reinterpret_cast<const vw_unaligned*>(padded);
 }
 FASTGPT_INLINE void store_words(bf16* p, vw x) { *reinterpret_cast<vw_unaligned*>(p) = x; }
@@ -204,6 +205,7 @@ struct Products<bf16, bf16> {
   typedef bf16 Element;
   static constexpr int kRows = 2 * kMatrixRows, kTiles = 4;
   static constexpr int64_t kStep = kMatrixDepth;
+  static constexpr bool kScaled = false;
   typedef MatrixUnit Unit;
 
   static int64_t row_width(int64_t dim) { return round_up(dim, kMatrixDepth); }

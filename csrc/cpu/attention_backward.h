@@ -226,6 +226,11 @@ struct AttentionBackward {
       float factor_left = terms ? 1.0f : factor;
       for (int64_t r = 0; r < M::kRows; r++) {
         float *p_row = probs + r * kGradBlock, *ds_row = dscores + r * kGradBlock;
+        if (i + r > last) {  // behind the queries, where 0 times an infinite k would be NaN
+          fill_zero(p_row, kGradBlock);
+          fill_zero(ds_row, kGradBlock);
+          continue;
+        }
         vf lse = splat(w.lse[i + r]), delta = splat(w.delta[i + r]);
         if (p.dropout_threshold)
           dropout_row(p, w.b, w.h, i + r, key + begin, end_step - begin, tiles.keep + begin);
@@ -233,8 +238,8 @@ struct AttentionBackward {
         fill_zero(ds_row, begin);
         for (int64_t c = begin; c < end_step; c += kLanes) {
           vf exponent = load(p_row + c) * factor_left - lse;
-          // Of biases like -1e9 lse has too few digits for p; it is at most 1 all the same.
-          if (p.bias.data) exponent = exponent > 0.0f ? vf{} : exponent;
+          // Of scores like -1e9 lse has too few digits for p; it is at most 1 all the same.
+          exponent = exponent > 0.0f ? vf{} : exponent;
           vf prob = exp2(exponent), dprob = load(ds_row + c), kept = prob;
           if (p.dropout_threshold) {
             vf keep = load(tiles.keep + c);
@@ -246,7 +251,6 @@ struct AttentionBackward {
         }
         fill_zero(p_row + end_step, kGradBlock - end_step);
         fill_zero(ds_row + end_step, kGradBlock - end_step);
-        if (i + r > last) continue;
         if (p.dbias.data) add_to_bias(i + r, key, begin, end, ds_row, w);
         for (int64_t c = begin; derivatives && c < end_step; c += kLanes)
           store(ds_row + c, load(ds_row + c) * load(derivatives + r * kGradBlock + c));

@@ -20,8 +20,8 @@
 
 constexpr int64_t kChunkKeys = 2 * kTileCols;  // packed as one unit
 
-// Running state of the online softmax for one register tile of rows: maximum m (base 2) and, per lane, the
-// sum l of 2^(s - m). `rescale` is what the accumulator is multiplied by when the block is added.
+// Running state of the online softmax for one register tile of rows: maximum m and, per lane, the sum l of
+// 2^(factor (s - m)). `rescale` is what the accumulator is multiplied by when the block is added.
 template <int kRows>
 struct RowState {
   float m[kRows];
@@ -29,8 +29,8 @@ struct RowState {
   float l[kRows][kLanes];
 };
 
-// For scores s = factor scores[r][c], factor > 0, and c in [begin, end), multiples of M::kStep: updates the
-// state, and probs[r][c] = keep_of(r)[c] 2^(s - m'); without the factor where keep_of gives null.
+// For s = scores[r][c], factor > 0, and c in [begin, end), multiples of M::kStep: updates the state, and
+// probs[r][c] = keep_of(r)[c] 2^(factor (s - m')), or without keep where keep_of gives null.
 template <class M, class KeepOf>
 FASTGPT_INLINE void online_softmax(RowState<M::kRows>& state, int64_t rows, float factor, const float* scores,
                                    int64_t begin, int64_t end, typename M::Element* probs,
@@ -39,14 +39,14 @@ FASTGPT_INLINE void online_softmax(RowState<M::kRows>& state, int64_t rows, floa
     const float* s = scores + r * kKeyBlock;
     vf top = splat(-kInf);
     for (int64_t c = begin; c < end; c += kLanes) top = max(top, load(s + c));
-    float m = horizontal_max(top) * factor;
+    float m = horizontal_max(top);
     state.rescale[r] = state.m[r];
     state.m[r] = state.m[r] > m ? state.m[r] : m;
   }
   for (int64_t r = 0; r < rows; r += kLanes) {
     int64_t n = rows - r;
     vf m = load_upto(state.m + r, n), old = load_upto(state.rescale + r, n);
-    store_upto(state.rescale + r, exp2(old - (m == -kInf ? vf{} : m)), n);
+    store_upto(state.rescale + r, exp2((old - (m == -kInf ? vf{} : m)) * factor), n);
   }
   for (int64_t r = 0; r < rows; r++) {
     const float *s = scores + r * kKeyBlock, *keep = keep_of(r);
@@ -56,7 +56,8 @@ FASTGPT_INLINE void online_softmax(RowState<M::kRows>& state, int64_t rows, floa
       vf prob[M::kStep / kLanes];
 #pragma GCC unroll 2
       for (int i = 0; i < M::kStep / kLanes; i++) {
-        prob[i] = exp2(load(s + c + i * kLanes) * factor - m);
+        vf distance = load(s + c + i * kLanes) - m;  // 0 at the maximum, however large that is
+        prob[i] = exp2(M::kScaled ? distance : distance * factor);
         sum += prob[i];
         if (keep) prob[i] *= load(keep + c + i * kLanes);
       }
@@ -80,6 +81,7 @@ struct AttentionForward {
   // other terms; else it is a part of the softmax, which takes no other sign.
   float factor = M::score_factor(p);
   bool terms = has_score_terms(p) || factor <= 0.0f;
+  float factor_left = terms ? 1.0f : factor;  // for the softmax
 
   // Keys of the longest sequence and of all kv heads, in whole panels; products to compute if nothing is
   // masked.
@@ -196,7 +198,7 @@ struct AttentionForward {
     float sink = p.sink ? p.sink[h] * kLog2e : -kInf;
     for (int64_t t = 0; t < tiles; t++)
       for (int r = 0; r < M::kRows; r++) {
-        state[t].m[r] = sink;
+        state[t].m[r] = sink / factor_left;
         store(state[t].l[r], vf{});
         state[t].l[r][0] = sink == -kInf ? 0.0f : 1.0f;
       }
@@ -225,8 +227,7 @@ struct AttentionForward {
           dropout_row(p, b, h, i + r, block + begin, end_step - begin, w.keep + begin);
           return w.keep;
         };
-        online_softmax<M>(state[t], computed, terms ? 1.0f : factor, scores, begin, end_step, w.probs,
-                          keep_of);
+        online_softmax<M>(state[t], computed, factor_left, scores, begin, end_step, w.probs, keep_of);
         M::add_values(computed, end - begin, v_width, w.probs + begin, kKeyBlock,
                       v + (block + begin) * v_width, o + t * M::kRows * v_width, state[t].rescale);
       }
@@ -239,7 +240,7 @@ struct AttentionForward {
       float inverse = l == 0.0f ? 0.0f : p.dropout_scale / l;
       for (int64_t d = 0; d < p.headdim_v; d += kLanes)
         store_upto(out[r] + d, load(o + r * v_width + d) * inverse, p.headdim_v - d);
-      lse[r] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;
+      lse[r] = l == 0.0f ? -kInf : (m * factor_left + __builtin_log2f(l)) * kLn2;
     }
   }
 };

@@ -38,7 +38,7 @@ inline bool may_use_amx() {
 #endif
 
 // What is built in and runs here, best first.
-inline std::vector<Isa> supported_isas() {
+inline std::vector<Isa> supported_isas(bool with_amx) {
   std::vector<Isa> isas;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -46,8 +46,8 @@ inline std::vector<Isa> supported_isas() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-             __builtin_cpu_supports("amx-bf16") && may_use_amx();
+  bool amx = with_amx && avx512 && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_amx();
   if (amx) isas.push_back({"amx", &kernels_amx});
   if (avx512) isas.push_back({"avx512", &kernels_avx512});
   if (avx2) isas.push_back({"avx2", &kernels_avx2});
@@ -61,8 +61,10 @@ inline std::vector<Isa> supported_isas() {
 
 // The one that is asked for, the value of FASTGPT_CPU_ISA; null or empty: the best.
 inline Isa choose_isa(const char* asked) {
-  std::vector<Isa> isas = supported_isas();
-  if (!asked || !*asked) return isas.front();
+  if (!asked || !*asked) return supported_isas(true).front();
+  for (const Isa& isa : supported_isas(false))  // a process keeps the permission for AMX that it asks for
+    if (isa.name == asked) return isa;
+  std::vector<Isa> isas = supported_isas(true);
   std::string names;
   for (const Isa& isa : isas) {
     if (isa.name == asked) return isa;

@@ -11,6 +11,7 @@ struct Products {
   static constexpr int kRows = kTileRows;   // of a register tile
   static constexpr int kTiles = 8;          // of a unit of work
   static constexpr int64_t kStep = kLanes;  // columns of scores come in multiples of it
+  static constexpr bool kScaled = true;     // products are scores: packed queries carry the factor
   struct Unit {};                           // what a thread needs while it multiplies
 
   static int64_t row_width(int64_t dim) { return round_up(dim, kLanes); }  // of a packed row of q and v

@@ -62,8 +62,9 @@ struct ScoreRow {
   }
 
   // Of the largest finite numbers, which some masks have where others have infinity, the product is infinite.
+  // (Bounded, it gives a row of them alone an lse of ln(2) times the least number.)
   static FASTGPT_INLINE vf base_2(vf x) {
-    constexpr float kLargest = 3.40282347e38f;
+    constexpr float kLargest = __FLT_MAX__;
     vf product = x * kLog2e;
     vf bounded = product > kLargest ? splat(kLargest) : product < -kLargest ? splat(-kLargest) : product;
     return x == kInf || x == -kInf ? x : bounded;

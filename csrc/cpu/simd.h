@@ -225,7 +225,7 @@ FASTGPT_INLINE vf exp2(vf x) {
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  // Times 2^floor(y), which is 2^round(x).
+  // p 2^round(x).
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
 #else
   // Below 2^-126 the result is flushed to zero; the exponent is added in two halves because n may be 128.

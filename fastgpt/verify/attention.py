@@ -108,9 +108,7 @@ class Variant(NamedTuple):
     slopes: tuple[int, ...] | None = None
     bias: tuple[int, ...] | None = None
     mask: float = 0.0  # above 0: the bias is boolean, and true in this share of its places
-    lowest: float = (
-        0.0  # above 0: the bias is 0, the least finite number in this share of all keys but the first
-    )
+    lowest: float = 0.0  # above 0: the bias hides this share of keys, but the first, by the least number
     sink: bool = False
     dropout_p: float = 0.0
     lengths_q: tuple[int, ...] | None = None  # packed sequences; the case has their totals
@@ -461,7 +459,7 @@ def variant_results(
     other = fused("reference") if by_reference else in_plain
     calls = (fused(backend), dtype), (other, dtype), (other, torch.float64)
     got, plain, exact = (run_variant(call, inputs, precision, grads) for call, precision in calls)
-    if by_reference and _has_matrix_unit(backend):
+    if by_reference and _has_matrix_unit(backend, dtype):
         rough = run_variant(in_plain, inputs, dtype, grads)
         plain = (*plain[:2], *map(_worse, plain[2:], rough[2:], exact[2:]))
     names = ["out", "lse", "dq", "dk", "dv"]
@@ -469,12 +467,12 @@ def variant_results(
     return list(zip(names[: len(got)], got, plain, exact, strict=True))
 
 
-def _has_matrix_unit(backend: str) -> bool:
+def _has_matrix_unit(backend: str, dtype: torch.dtype) -> bool:
     if backend != "cpu":
         return backend in dispatch.GPU_KERNELS
     from fastgpt import _cpu
 
-    return _cpu.isa.startswith("amx")
+    return dtype == torch.bfloat16 and _cpu.isa.startswith("amx")
 
 
 def _worse(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
