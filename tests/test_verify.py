@@ -14,7 +14,7 @@ from backends import AVAILABLE
 
 from fastgpt import cli, dispatch, proof
 from fastgpt.verify import attention, merge, norm, run
-from fastgpt.verify.rule import ParityError, judge
+from fastgpt.verify.rule import FEW, ParityError, judge
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SMALL = [
@@ -247,7 +247,7 @@ def test_bad_luck_in_a_few_elements_is_looked_at_again():
     assert judge(lambda: next(draws)) == {"out": pytest.approx(3e-3 / 4.01e-3)}
     with pytest.raises(ParityError, match="error 5"):  # what is wrong stays wrong among more
         judge(lambda: [off_by(5e-3, 2e-3, 64)])
-    draws = iter([[off_by(3e-3, 1e-3, (1 << 14) + 1), off_by(0, 0, 64)], *lucky])
+    draws = iter([[off_by(3e-3, 1e-3, FEW + 1), off_by(0, 0, 64)], *lucky])
     with pytest.raises(ParityError):  # in many elements it is no luck, whatever else the case has
         judge(lambda: next(draws))
     assert len(list(draws)) == 4

@@ -2,7 +2,8 @@
 // terms of scores.h and the mask; a sink is one more score of each row, without a value.
 //
 // q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), or packed sequences, in fp32, bf16 or fp16, any
-// strides whose last is 1; arithmetic, m, l and the accumulator in fp32. Storage is rounded once, at the end.
+// strides whose last is 1; arithmetic, m, l and the accumulator in fp32. Storage is rounded once, at the end
+// (probabilities, too, where amx.h multiplies them).
 //
 // One unit of work = one tile of kQueryTile queries of one head, walked over key blocks with the online
 // softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in base 2: scores carry scale * log2(e).

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # What is compared: its name, the backend's, plain PyTorch's in the same dtype, and the same in float64.
 Result = tuple[str, Tensor, Tensor, Tensor]
+FEW = 1 << 14  # elements
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,8 +68,8 @@ def judge(draw: Callable[[], list[Result]]) -> dict[str, float]:
 
     Over a few elements the error of plain PyTorch is a matter of luck, and may be 0. There, several draws are
     judged as one: 64 elements, or 16 draws. One case in a thousand still has bad luck in 64, and in bf16 in
-    thousands, where the few largest alone count (both seen, of correct kernels); so where a tensor of no more
-    fails, it is judged once more among 4 times as many, itself one of them.
+    thousands, where the few largest alone count (both seen, of correct kernels); so where a tensor of up to
+    FEW elements fails, all are judged once more among 4 times as many draws, with these.
     """
     draws = [draw()]
     fewest = min((exact.numel() for *_, exact in draws[0] if exact.numel()), default=64)
@@ -76,7 +77,7 @@ def judge(draw: Callable[[], list[Result]]) -> dict[str, float]:
     try:
         return _judged(draws)
     except ParityError as error:
-        if error.elements > 1 << 14:
+        if error.elements > FEW:
             raise
     return _judged(draws + [draw() for _ in range(3 * len(draws))])
 
