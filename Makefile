@@ -139,8 +139,8 @@ sanitize: $(VENV)/.stamp-dev
 			echo "sanitize: this machine has no $$isa"; continue; \
 		fi; \
 		echo "sanitize: $$isa"; \
-		$(SANITIZED) $(BIN)/pytest -q --capture=sys -k "(parity or random) and cpu" tests/test_attention.py \
-			tests/test_decode.py tests/test_merge.py tests/test_norm.py tests/test_random.py; \
+		$(SANITIZED) $(BIN)/pytest -q --capture=sys -k "(parity or random) and (cpu or linear)" tests/test_attention.py \
+			tests/test_decode.py tests/test_linear.py tests/test_merge.py tests/test_norm.py tests/test_random.py; \
 	done
 	$(SANITIZED) FASTGPT_CUDA_EMULATE=1 FASTGPT_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 \
 		$(BIN)/pytest -q --capture=sys -n auto -k cuda $(CUDA_TESTS)
@@ -155,7 +155,7 @@ test-torch:
 	build/torch-$(TORCH)/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheels/fastgpt_kernels-*.whl
 	cp -r tests build/torch-$(TORCH)/tests
 	cd build/torch-$(TORCH) && FASTGPT_REQUIRE_BACKENDS=reference,torch,cpu bin/python -m pytest -q \
-		tests/test_attention.py tests/test_decode.py tests/test_merge.py tests/test_norm.py \
+		tests/test_attention.py tests/test_decode.py tests/test_linear.py tests/test_merge.py tests/test_norm.py \
 		tests/test_random.py tests/test_reliability.py
 
 $(VENV)/.stamp-cmake: $(BIN)/python

@@ -139,3 +139,15 @@ def merge_backward(
     dlse_b: Tensor,
     num_threads: int,
 ) -> None: ...
+def linear(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    x: Tensor,
+    x_stride: int,
+    weight: Tensor,
+    transposed: bool,
+    bias: Tensor | None,
+    out: Tensor,
+    num_threads: int,
+) -> None: ...

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt.ops.attention.api import attention
-from fastgpt.ops.checks import PLAIN_TENSORS, unit_rows
+from fastgpt.ops.checks import unit_rows
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -133,66 +131,6 @@ def replace_norms(model: Module) -> Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, successors[norm])
     return model
-
-
-PARTS = 8  # of a weight
-MOST_ROWS, MOST_ROWS_OF_WIDE = 4, 6  # with which parts are faster; wide is twice as much out as in
-
-
-@functools.cache
-def rows_take_one_thread() -> bool:
-    """Whether torch multiplies a row of fp32 by a matrix on one thread: MKL does, but on Intel's chips."""
-    try:
-        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True
-
-
-def serves_few_rows(weight: Tensor) -> bool:
-    """Whether :func:`linear_of_few_rows` can be faster than torch, for any rows."""
-    return weight.is_cpu and weight.dtype == torch.float32 and rows_take_one_thread()
-
-
-def has_few_rows(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
-    """Whether :func:`linear_of_few_rows` takes these, and is the faster way."""
-    if not (type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and serves_few_rows(weight)):
-        return False
-    plain = type(weight) in PLAIN_TENSORS and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
-    wide = not transposed and weight.shape[0] >= 2 * weight.shape[1]
-    most = MOST_ROWS_OF_WIDE if wide else MOST_ROWS
-    fits = x.dim() > 0 and x.shape[-1] == weight.shape[0 if transposed else 1]
-    return plain and fits and 0 < x.numel() <= most * x.shape[-1]
-
-
-def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
-    """``F.linear(x, weight, bias)`` at the speed of memory, for a few rows of float32 on the CPU.
-
-    Where torch multiplies one such row by a matrix on one thread, a batch of products, one for each part of
-    the weight's rows, runs on all of them (docs/log.md).
-
-    Args:
-        x: (..., in_features).
-        weight: (out_features, in_features), contiguous; with ``transposed`` (in_features, out_features), as
-            GPT-2's projections have it.
-        bias: (out_features), or None.
-
-    Returns:
-        (..., out_features).
-    """
-    rows, rest = x.reshape(-1, x.shape[-1]), weight.shape[0] % PARTS
-    parts = (weight[:-rest] if rest else weight).view(PARTS, -1, weight.shape[1])
-    if transposed:  # the parts' products are summands
-        columns = rows[:, : weight.shape[0] - rest].reshape(len(rows), PARTS, -1).transpose(0, 1)
-        out = torch.bmm(columns, parts).sum(0)
-        if rest:
-            out += rows[:, -rest:] @ weight[-rest:]
-    else:
-        out = torch.bmm(parts, rows.t().expand(PARTS, -1, -1)).flatten(0, 1)
-        if rest:
-            out = torch.cat((out, weight[-rest:] @ rows.t()))
-        out = out.t().contiguous()
-    out = out.view(*x.shape[:-1], out.shape[-1])
-    return out if bias is None else out + bias
 
 
 class FusedCausalSelfAttention(nn.Module):

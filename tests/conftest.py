@@ -81,12 +81,6 @@ def poison():
 
 
 @pytest.fixture(autouse=True)
-def rows_take_one_thread(monkeypatch):
-    """So that products of a few rows are fastgpt's on every processor."""
-    monkeypatch.setattr("fastgpt.nn.rows_take_one_thread", lambda: True)
-
-
-@pytest.fixture(autouse=True)
 def fresh_random_inputs(request):
     """A new seed every run, printed when a test fails; FASTGPT_TEST_SEED repeats a run. It draws the order in
     which the threads of emulated kernels run, too."""

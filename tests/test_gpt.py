@@ -15,7 +15,6 @@ from fastgpt.gpt import sampling
 from fastgpt.gpt.config import RopeScaling
 from fastgpt.gpt.model import Linear
 from fastgpt.gpt.weights import weights_from_hf
-from fastgpt.nn import has_few_rows
 
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 64}
 LLAMA = {
@@ -265,13 +264,6 @@ def test_linear(shape, out_features, bias):
     exact = torch.autograd.grad(expected, [x, *linear.parameters()], dout.double())
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_few_rows_are_left_to_torch_where_it_takes_all_threads(monkeypatch):
-    x, weight = torch.randn(1, 16), torch.randn(8, 16)
-    assert has_few_rows(x, weight)
-    monkeypatch.setattr("fastgpt.nn.rows_take_one_thread", lambda: False)
-    assert not has_few_rows(x, weight)
 
 
 def test_linear_under_autocast_has_one_dtype():

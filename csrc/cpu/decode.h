@@ -534,7 +534,8 @@ struct Decode {
       for (; d + kStep <= p.headdim_v; d += kStep) {
         vf x[kTogether<KV>];
         for (int c = 0; c < kTogether<KV>; c++) x[c] = result(d + c * kLanes);
-        store_together(out + d, x);
+        in_order<KV>(x);
+        for (int c = 0; c < kTogether<KV>; c++) store(out + d + c * kLanes, x[c]);
       }
       for (; d < p.headdim_v; d += kLanes) store_upto(out + d, result(d), p.headdim_v - d);
       p.lse[(b * p.nheads + h) * p.seqlen_q + i] = l == 0.0f ? -kInf : (m + __builtin_log2f(l)) * kLn2;

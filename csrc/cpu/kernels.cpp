@@ -38,6 +38,7 @@ namespace {
 #include "rows.h"
 #include "norm.h"
 #include "merge.h"
+#include "linear.h"
 
 template <class T>
 using DecodeSame = Decode<T, T>;
@@ -93,6 +94,7 @@ const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
     by_dtype<NormBackward, NormBackwardParams>,
     by_dtype<MergeForward, MergeParams>,
     by_dtype<MergeBackward, MergeBackwardParams>,
+    by_dtype<Linear, LinearParams>,
 };
 
 }  // namespace fastgpt

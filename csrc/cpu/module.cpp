@@ -317,4 +317,22 @@ PYBIND11_MODULE(_cpu, m) {
           KernelScope scope;
           kernels->merge_backward(p);
         });
+
+  m.def("linear", [kernels](int64_t rows, int64_t in_features, int64_t out_features, Data x, int64_t x_stride,
+                            Data weight, bool transposed, Data bias, Data out, int num_threads) {
+    LinearParams p;
+    p.dtype = x.dtype();
+    p.rows = rows;
+    p.in_features = in_features;
+    p.out_features = out_features;
+    p.x = x;
+    p.x_stride = x_stride;
+    p.weight = weight;
+    p.transposed = transposed;
+    p.bias = bias;
+    p.out = out;
+    p.num_threads = usable_threads(num_threads);
+    KernelScope scope;
+    kernels->linear(p);
+  });
 }

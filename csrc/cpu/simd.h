@@ -269,15 +269,15 @@ FASTGPT_INLINE vf interleave_high(vf a, vf b, Lanes<I...>) {
   return __builtin_shuffle(a, b, vi{(I % 2 * kLanes + kLanes / 2 + I / 2)...});
 }
 
-// What load_together has loaded.
+// Vectors of what load_together has loaded, put in the order of memory.
 template <class T>
-FASTGPT_INLINE void store_together(T* p, const vf (&x)[1]) {
-  store(p, x[0]);
-}
-FASTGPT_INLINE void store_together(bf16* p, const vf (&x)[2]) {
-  typename MakeLanes<kLanes>::type lanes;
-  store(p, interleave_low(x[0], x[1], lanes));
-  store(p + kLanes, interleave_high(x[0], x[1], lanes));
+FASTGPT_INLINE void in_order(vf (&x)[kTogether<T>]) {
+  if constexpr (kTogether<T> == 2) {
+    typename MakeLanes<kLanes>::type lanes;
+    vf even = x[0], odd = x[1];
+    x[0] = interleave_low(even, odd, lanes);
+    x[1] = interleave_high(even, odd, lanes);
+  }
 }
 
 // Lanes 0, 1 of every quad of a and b in turn, or 2, 3 of them; even quads of a, then of b, or odd ones. In

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <numeric>
 
 namespace fastgpt {
@@ -14,6 +15,8 @@ namespace test {
 
 const Kernels* kernels;
 const Primitives* primitives;
+bool has_matrix_unit;
+int draws_to_come;
 std::string context;
 std::mt19937_64 generator;
 int failures;
@@ -181,9 +184,15 @@ Integers::Integers(const std::vector<int32_t>& values) {
 
 // --- judgement ---
 
+// Of the draws that are judged as one: what check was called with, the case included.
+struct Errors {
+  double error = 0, plain_error = 0, size = 1;
+};
+static std::map<std::string, Errors> errors;
+
 void check(const std::string& what, const Array& got, const Array& threaded, const Dense<float>& plain,
            const Dense<double>& exact, double factor) {
-  double error = 0, plain_error = 0, size = 1;
+  auto& [error, plain_error, size] = errors[context + what];
   long long nans = 0, infinities = 0, next = 0;
   bool same_bits = true;
   std::vector<bool> written(got.memory->size() / size_of(got.storage));
@@ -204,13 +213,14 @@ void check(const std::string& what, const Array& got, const Array& threaded, con
   });
   expect(same_bits, what + ": other bits than on several threads");
   double bound = factor * plain_error + 1e-5 * size;
-  if (nans || infinities || !(error <= bound)) {
+  if (nans || infinities || (!draws_to_come && !(error <= bound))) {
     char text[200];
     std::snprintf(text, sizeof(text),
                   ": error %.3e, bound %.3e (plain %.3e); %lld NaN and %lld wrong infinities of %lld", error,
                   bound, plain_error, nans, infinities, next);
     fail(what + text);
   }
+  if (!draws_to_come) errors.erase(context + what);
   const char* byte = got.memory->data;
   for (size_t e = 0; e < written.size(); e++, byte += size_of(got.storage))
     for (int64_t i = 0; i < size_of(got.storage) && !written[e]; i++)

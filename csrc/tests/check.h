@@ -21,7 +21,9 @@ constexpr double kInfinity = __builtin_inf();
 
 extern const Kernels* kernels;  // under test
 extern const Primitives* primitives;
-extern std::string context;  // the case at hand, for messages
+extern bool has_matrix_unit;  // whether the kernels multiply bf16 by one, whose factors are bf16
+extern int draws_to_come;     // of the case at hand, with fresh inputs, which are judged as one
+extern std::string context;   // the case at hand, for messages
 extern std::mt19937_64 generator;
 extern int failures;
 

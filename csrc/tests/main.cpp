@@ -80,8 +80,9 @@ int main(int argc, char** argv) {
   signal(SIGSEGV, report_fault);
   signal(SIGBUS, report_fault);
   kernels = isa.kernels;
+  has_matrix_unit = isa.name.rfind("amx", 0) == 0;
   primitives = primitives_of(isa.name);
-  void (*tests[])() = {test_primitives, test_attention, test_decode, test_merge, test_norm};
+  void (*tests[])() = {test_primitives, test_attention, test_decode, test_merge, test_norm, test_linear};
   for (auto test : tests) {
     generator.seed(seed);
     test();

@@ -51,6 +51,14 @@ Real dot(const std::vector<Real>& a, const std::vector<Real>& b) {
   return sum;
 }
 
+// A factor of a product, as plain PyTorch has it: in the storage type. The kernels for vectors keep it in
+// fp32 and are held to that.
+template <class Real>
+Real factor(Storage storage, Real x) {
+  bool stored = sizeof(Real) == sizeof(float) && has_matrix_unit && storage == Storage::bf16;
+  return stored ? static_cast<Real>(rounded(storage, x)) : x;
+}
+
 template <class Real>
 struct Head {
   Matrix<Real> q, k, v;
@@ -86,7 +94,8 @@ struct Head {
       lse[i] = top + std::log(sum);
       for (int64_t j = 0; j < sk; j++) {
         p[i][j] = std::exp(s[j] - lse[i]);
-        for (size_t d = 0; d < dim_v; d++) out[i][d] += p[i][j] * (keep ? keep(i, j) : 1) * v[j][d];
+        Real kept = factor(storage, p[i][j] * (keep ? keep(i, j) : 1));
+        for (size_t d = 0; d < dim_v; d++) out[i][d] += kept * v[j][d];
       }
       // The plain computation is one of the storage type: so is what its backward finds.
       for (Real& x : out[i])
@@ -111,7 +120,9 @@ struct Head {
         Real z = keep ? keep(i, j) : 1;
         Real ds = p[i][j] * (z * dot(dout[i], v[j]) - delta), dx = ds * slopes_of_softcap[i][j] * scale;
         dbias[i][j] = ds;
-        for (size_t d = 0; d < dv[j].size(); d++) dv[j][d] += p[i][j] * z * dout[i][d];
+        Real kept = factor(storage, p[i][j] * z);
+        for (size_t d = 0; d < dv[j].size(); d++) dv[j][d] += kept * dout[i][d];
+        dx = factor(storage, dx);
         for (size_t d = 0; d < dim; d++) {
           dq[i][d] += dx * k[j][d];
           dk[j][d] += dx * q[i][d];

@@ -15,6 +15,7 @@ void test_attention();
 void test_decode();
 void test_merge();
 void test_norm();
+void test_linear();
 
 }  // namespace test
 }  // namespace fastgpt

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fastgpt.gpt import generate
 from fastgpt.gpt.config import GPTConfig
 from fastgpt.kv_cache import KVCache
-from fastgpt.nn import has_few_rows, linear_of_few_rows
 from fastgpt.ops.attention.api import attention
+from fastgpt.ops.linear.api import linear_of_few_rows
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 if TYPE_CHECKING:
@@ -30,9 +30,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
-        if has_few_rows(x, self.weight):
-            return linear_of_few_rows(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        out = linear_of_few_rows(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias) if out is None else out
 
 
 class Norm(nn.Module):

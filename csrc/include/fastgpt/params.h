@@ -177,6 +177,19 @@ struct MergeBackwardParams {
   int num_threads;
 };
 
+// out = x weight^T + bias, or x weight + bias: a few rows, each matrix in the same type.
+struct LinearParams {
+  DType dtype;
+  int64_t rows, in_features, out_features;
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  bool transposed;   // (in_features, out_features)
+  const void* bias;  // (out_features), or null
+  void* out;         // (rows, out_features), contiguous
+  int num_threads;
+};
+
 // Every kernel of one instruction set.
 struct Kernels {
   void (*attention_forward)(const AttentionParams&);
@@ -186,6 +199,7 @@ struct Kernels {
   void (*norm_backward)(const NormBackwardParams&);
   void (*merge_forward)(const MergeParams&);
   void (*merge_backward)(const MergeBackwardParams&);
+  void (*linear)(const LinearParams&);
 };
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for the next call unless it is large; its

@@ -32,7 +32,7 @@ from fastgpt.integrations.transformers.attention import (
     restore,
 )
 from fastgpt.integrations.transformers.batching import continuous_batching
-from fastgpt.integrations.transformers.linear import is_linear, linear_forward
+from fastgpt.integrations.transformers.linear import is_linear, is_transposed, linear_forward
 from fastgpt.integrations.transformers.norms import gpt2_block_forward, is_gpt2_block, norm_forward, norm_of
 
 if TYPE_CHECKING:
@@ -139,10 +139,9 @@ def patch(
         cache: a DynamicCache, generate()'s default, that the model is called with appends in place from then
             on, where transformers copies all of it at every token, unless gradients are enabled. (By the name
             ``cache`` or ``past_key_values`` to the model itself; with up to half of its size as room.)
-        linear: layers that multiply up to 4 to 6 rows of float32 on a CPU, without gradients, do so on all
-            threads; generate() with one sequence spends most of its time there. (On Intel's processors
-            torch does so itself: none is swapped.)
-        backend: of attention and norms; default ``FASTGPT_BACKEND``, else ``auto``.
+        linear: layers that multiply up to 8 rows on a CPU (6 in bfloat16), without gradients, do so at the
+            speed of memory; generate() of a few sequences spends most of its time there.
+        backend: of what is swapped; default ``FASTGPT_BACKEND``, else ``auto``.
 
     Returns:
         model itself.
@@ -179,9 +178,10 @@ def patch(
             said += _patch_attention(model, record)
         if norm:
             said += _patch_norms(model, record)
-        if linear and (linears := [module for module in model.modules() if is_linear(module)]):
+        asked = dispatch.requested(backend)
+        if linear and (linears := [module for module in model.modules() if is_linear(module, asked)]):
             for module in linears:
-                _set_forward(record, module, linear_forward)
+                _set_forward(record, module, linear_forward, is_transposed(module), asked)
             said.append(f"{len(linears)} linear layers where rows are few")
         if cache:
             record.hooks.append(model.register_forward_pre_hook(_append_in_place, with_kwargs=True))

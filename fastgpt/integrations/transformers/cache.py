@@ -28,25 +28,27 @@ class Room:
     def __init__(self) -> None:
         self.buffer = torch.empty(0, 0, 0, 0)
         self.used = 0  # rows, which somebody may hold, even if they have been cropped since
+        self.last = self.buffer, 0  # what append has returned of it, and the row that this begins at
 
     def append(self, past: Tensor, new: Tensor) -> Tensor:
         """``torch.cat((past, new), -2)`` for (batch, nheads_k, seqlen, headdim); past, if it is a view of the
         buffer, is not copied."""
+        batch, nheads_k, count, headdim = new.shape
         length = past.shape[2] if past.dim() == 4 else 0  # a layer begins with torch.tensor([])
         if length and (past.dtype != new.dtype or past.device != new.device):
             return torch.cat((past, new), -2)  # which promotes or refuses them
-        if length and past[:, :, :0].shape != new[:, :, :0].shape:
+        if length and past.shape != (batch, nheads_k, length, headdim):
             return torch.cat((past, new), -2)
-        total = length + new.shape[2]
+        total = length + count
         start = self._start(past) if length else None
         if start is None or start + length != self.used or start + total > self.buffer.shape[1]:
-            rows, start = self._fresh(new, new.shape[0], total), 0
+            rows, start = self._fresh(new, batch, total), 0
             if length:
                 rows[:, :, :length] = past
         self.used = start + total
-        rows = self.buffer[:, start : self.used].transpose(1, 2)
-        rows[:, :, length:] = new
-        return rows
+        self.last = self.buffer[:, start : self.used].transpose(1, 2), start
+        self.buffer[:, self.used - count : self.used] = new.transpose(1, 2)
+        return self.last[0]
 
     def select(self, past: Tensor, index: Tensor) -> Tensor:
         """``past.index_select(0, index)``, with room behind it."""
@@ -57,14 +59,17 @@ class Room:
         """(batch, nheads_k, length, headdim), of a new buffer."""
         capacity = length + max(length // 2, LEAST_ROOM)
         self.buffer, self.used = like.new_empty(batch, capacity, like.shape[1], like.shape[3]), length
+        self.last = self.buffer, 0
         return self.buffer[:, :length].transpose(1, 2)
 
     def _start(self, past: Tensor) -> int | None:
         """The row of the buffer that past begins at; None if past is not its rows, or they are read-only."""
         buffer = self.buffer
-        if past.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
-            return None
         if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            return None
+        if past is self.last[0]:
+            return self.last[1]
+        if past.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
             return None
         start, rest = divmod(int(past.storage_offset()), buffer.stride(1))
         rows = buffer[:, start : start + past.shape[2]].transpose(1, 2)

@@ -1,29 +1,23 @@
-"""Products of a few rows, a token's at every step of generate(), on all threads of a CPU.
-
-fp32 generation of one sequence spends most of its time there: but on Intel's processors, torch multiplies one
-row by a matrix on one thread (:func:`fastgpt.nn.linear_of_few_rows`).
-"""
+"""Products of a few rows, a token's at every step of generate(): most of its time, on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastgpt.nn import has_few_rows, linear_of_few_rows, serves_few_rows
+from fastgpt.ops.linear.api import linear_of_few_rows, serves_few_rows
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module, backend: str) -> bool:
     """Whether :func:`linear_forward` can be faster than the module's own ``forward``."""
-    if type(module) is not nn.Linear and not _is_conv1d(module):
+    if type(module) is not nn.Linear and not is_transposed(module):
         return False
-    return serves_few_rows(module.weight)  # type: ignore[arg-type]
+    return serves_few_rows(module.weight, backend)  # type: ignore[arg-type]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's, whose weight is (in_features, out_features)."""
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is GPT-2's, whose weight is (in_features, out_features)."""
     if type(module).__name__ != "Conv1D":
         return False
     from transformers.pytorch_utils import Conv1D
@@ -31,8 +25,12 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module) is Conv1D
 
 
-def linear_forward(module: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    weight, transposed = module.weight, type(module) is not nn.Linear
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not has_few_rows(x, weight, transposed):
+def linear_forward(
+    module: nn.Module, original: Callable[[Tensor], Tensor], transposed: bool, backend: str, x: Tensor
+) -> Tensor:
+    parameters = module._parameters  # a module's own attributes take several times as long to look up
+    weight = parameters.get("weight")  # None where something else stands for it
+    if weight is None:
         return original(x)
-    return linear_of_few_rows(x, weight, module.bias, transposed)
+    out = linear_of_few_rows(x, weight, parameters.get("bias"), transposed, backend)
+    return original(x) if out is None else out

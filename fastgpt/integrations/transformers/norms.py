@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgpt.ops.checks import unit_rows
+from fastgpt.ops.checks import device_type, unit_rows
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 # The parameters of the forward that gpt2_block_forward stands for: before and since transformers 5.24.
@@ -40,9 +40,9 @@ def norm_forward(
 ) -> Any:
     """The norm of x; with a residual the norm of x + residual, and that sum."""
     weight: Any = module.weight
-    bias: Any = getattr(module, "bias", None)
+    bias: Any = module.bias if norm.fused is layer_norm else None
     # Mixed precision has rules of its own about the output's dtype.
-    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(device_type(x)):
         if residual is None:
             return original(x)
         x = x + residual

@@ -1,0 +1,70 @@
+"""``F.linear`` of a few rows on the CPU, without gradients: most of a token's time in generation.
+
+Everything else, and every other backend, is torch's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt import dispatch
+from fastgpt.ops.checks import PLAIN_TENSORS, needs_autograd, watched
+
+# Rows up to which the kernel was measured to be the faster way (docs/log.md).
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 6, torch.float16: 8}
+
+
+def serves_few_rows(weight: Tensor, backend: str | None = None) -> bool:
+    """Whether :func:`linear_of_few_rows` takes this weight, for some rows."""
+    asked = dispatch.requested(backend)
+    kernels = asked in ("auto", "cpu") and dispatch.unavailable("cpu") is None
+    return kernels and weight.is_cpu and weight.dtype in MOST_ROWS
+
+
+def linear_of_few_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False, backend: str | None = None
+) -> Tensor | None:
+    """``F.linear(x, weight, bias)`` at the speed at which memory is read, where the CPU's kernels have it.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features); with ``transposed`` (in_features, out_features), as GPT-2's
+            projections have it.
+        bias: (out_features), or None.
+        backend: default ``FASTGPT_BACKEND``, else ``auto``.
+
+    Returns:
+        (..., out_features), contiguous, the same bits for any number of threads and of rows; or None where
+        torch has to compute it, or does as fast: more than MOST_ROWS rows, gradients, torch.compile, other
+        devices and dtypes, several dtypes, a weight that is not contiguous or no plain tensor, autocast,
+        other backends.
+    """
+    # What costs least and refuses most comes first: a whole call takes as long as a small product.
+    if torch.compiler.is_compiling() or needs_autograd(x, weight, bias):
+        return None
+    if type(x) is not Tensor or type(weight) not in PLAIN_TENSORS or not (x.is_cpu and weight.is_cpu):
+        return None
+    dtype = weight.dtype
+    if x.dtype != dtype or dtype not in MOST_ROWS or weight.dim() != 2 or not weight.is_contiguous():
+        return None
+    out_features, in_features = weight.shape
+    if transposed:
+        out_features, in_features = in_features, out_features
+    if not 0 < x.numel() <= MOST_ROWS[dtype] * in_features or x.shape[-1] != in_features or not out_features:
+        return None
+    if bias is not None and not (
+        type(bias) in PLAIN_TENSORS
+        and bias.is_cpu
+        and bias.dtype == dtype
+        and bias.shape == (out_features,)
+        and bias.is_contiguous()
+        and not bias.is_neg()
+    ):
+        return None
+    if x.is_neg() or weight.is_neg() or watched() or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch._C._get_tracing_state() is not None or not serves_few_rows(weight, backend):
+        return None
+    out: Tensor = dispatch.implementation("linear", "cpu").forward(x, weight, bias, transposed)
+    return out
