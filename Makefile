@@ -195,7 +195,7 @@ format: $(VENV)/.stamp-dev
 
 # One benchmark at a time, nothing beside it. Results for the record: benchmarks/README.md.
 bench: $(VENV)/.stamp-dev
-	$(BIN)/fastgpt bench attention decode norm model
+	$(BIN)/fastgpt bench attention decode linear norm model
 
 clean:
 	rm -rf build dist *.egg-info fastgpt/_*.so $(VENV)

@@ -17,7 +17,7 @@ from fastgpt.gpt.settings import CHOICES, SettingError, Settings
 if TYPE_CHECKING:
     from fastgpt.bench import report
 
-BENCHES = ("attention", "decode", "norm", "model", "launch")
+BENCHES = ("attention", "decode", "linear", "norm", "model", "launch")
 DTYPES = ("fp32", "bf16", "fp16")
 BUDGET = 2.0  # seconds of samples per row
 QUICK_BUDGET = 0.2
@@ -312,6 +312,8 @@ def _bench(args: argparse.Namespace) -> int:
     _check_device(args.device)
     if args.device == "cpu" and "launch" in args.bench:
         raise CommandError("launch: measures how kernels are launched on a GPU: --device cuda")
+    if args.device == "cuda" and "linear" in args.bench:
+        raise CommandError("linear: measures kernels of the CPU: --device cpu")
     backends = [args.backend] if args.backend else _kernels(args.device)
     budget = QUICK_BUDGET if args.budget is None else args.budget
     rows = workloads.plan(dict.fromkeys(args.bench), args.dtype, args.budget is None, args.device)

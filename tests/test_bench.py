@@ -304,6 +304,19 @@ def test_decode_verification_sees_a_read_behind_the_keys(monkeypatch):
         verify(workloads.Decode(1, 2, 1, 50, 16).case("cpu", torch.float32, "forward"), "cpu")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_verified(monkeypatch, transposed):
+    few, many = (workloads.Linear("m", ((2, 24, 40), (1, 40, 7)), rows, transposed) for rows in (3, 9))
+    assert few.work(torch.bfloat16, "forward").amount == 2 * (2 * 24 * 40 + 40 * 7)
+    verify(few.case("cpu", torch.bfloat16, "forward"), "cpu")
+    with pytest.raises(fastgpt.BackendUnsupported, match="9 rows"):
+        verify(many.case("cpu", torch.float32, "forward"), "cpu")
+    right = workloads.linear_of_few_rows
+    monkeypatch.setattr(workloads, "linear_of_few_rows", lambda x, *rest: right(x * 1.01, *rest))
+    with pytest.raises(harness.ParityError):
+        verify(few.case("cpu", torch.float32, "forward"), "cpu")
+
+
 SHAPE = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY = [
     workloads.Patched("llama", "llama", SHAPE | {"num_key_value_heads": 2, "intermediate_size": 48}, 40),

@@ -13,7 +13,7 @@ The JSON, one schema for every benchmark (SI units: seconds, bytes, FLOP):
                 ``machine.ceilings``
     results     a list, one entry per row and backend; a row's backends were timed in turn, with the same
                 baselines, so their times and ratios may be compared:
-        bench           attention, decode, norm, model or launch
+        bench           attention, decode, linear, norm, model or launch
         workload        its name: b batch, h nheads[:nheads_k], s seqlen, k keys, d headdim, w window
         dtype           fp32, bf16 or fp16
         direction       forward or backward; prefill, decode, generate or train of a model; host, of a launch

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastgpt
 from fastgpt.bench import baselines
 from fastgpt.bench.harness import GRADIENT_FACTOR, OUTPUT_FACTOR, Case, Row, Work
 from fastgpt.dispatch import BackendUnsupported
+from fastgpt.ops.linear.api import linear_of_few_rows
 
 Tensors = tuple[Any, ...]  # of tensors; the declared result of fastgpt.attention is wider, for return_lse
 Function = Callable[..., Tensors]
@@ -325,6 +327,63 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """The products of a model's weights with ``rows`` rows, one after another: more than a cache holds."""
+
+    model: str
+    weights: tuple[tuple[int, int, int], ...]  # how many of (in_features, out_features)
+    rows: int
+    transposed: bool = False  # stored so, as GPT-2's are
+
+    directions = ("forward",)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}'s weights x{self.rows}"
+
+    def _elements(self) -> int:
+        return sum(count * rows * columns for count, rows, columns in self.weights)
+
+    def memory(self, dtype: torch.dtype) -> int:
+        return (dtype.itemsize + FP64) * self._elements()
+
+    def work(self, dtype: torch.dtype, direction: str) -> Work:
+        return Work(float(self._elements() * dtype.itemsize), "B", "read")
+
+    def case(self, device: str, dtype: torch.dtype, direction: str) -> Case:
+        sizes = [sizes for count, *sizes in self.weights for _ in range(count)]
+        stored = sizes if self.transposed else [size[::-1] for size in sizes]
+        operands = [
+            (_randn(device, dtype, self.rows, in_features), _randn(device, dtype, *shape))
+            for (in_features, _), shape in zip(sizes, stored, strict=True)
+        ]
+
+        def fused(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+            out = linear_of_few_rows(x, weight, None, self.transposed, backend)
+            if out is None:
+                raise BackendUnsupported(f"products of {self.rows} rows in {dtype} are left to torch")
+            return out
+
+        def plain(x: Tensor, weight: Tensor) -> Tensor:
+            return x @ weight if self.transposed else F.linear(x, weight)
+
+        def of_all(product: Callable[..., Tensor]) -> Callable[[], Tensors]:
+            @torch.no_grad()
+            def run() -> Tensors:
+                return (torch.cat([product(*pair).flatten() for pair in operands]),)
+
+            return run
+
+        return Case(
+            ("out",),
+            OUTPUT_FACTOR,
+            lambda backend: of_all(functools.partial(fused, backend=backend)),
+            {"x @ weight" if self.transposed else "F.linear": of_all(plain)},
+            of_all(lambda x, weight: plain(x.double(), weight.double())),
+        )
+
+
+@dataclass(frozen=True)
 class Model:
     """A randomly initialised :class:`fastgpt.GPT`, the same one on both sides.
 
@@ -517,7 +576,10 @@ class Launch:
         return dataclasses.replace(case, timed={"an empty Triton launch": baselines.empty_launch()})
 
 
-TABLES: dict[str, tuple[Attention | Decode | Norm | Model | Patched, ...]] = {
+SMOLLM2 = ((60, 576, 576), (60, 576, 192), (60, 576, 1536), (30, 1536, 576), (1, 576, 49152))
+GPT2 = ((12, 768, 2304), (12, 768, 768), (12, 768, 3072), (12, 3072, 768))
+
+TABLES: dict[str, tuple[Attention | Decode | Linear | Norm | Model | Patched, ...]] = {
     "attention": (
         Attention(1, 12, 256, 64),
         Attention(1, 12, 16, 64),
@@ -539,6 +601,16 @@ TABLES: dict[str, tuple[Attention | Decode | Norm | Model | Patched, ...]] = {
         Decode(1, 32, 8, 8192, 128),
         Decode(8, 32, 32, 8192, 128),
         Decode(8, 32, 8, 8192, 128),
+    ),
+    "linear": (
+        Linear("SmolLM2-135M", SMOLLM2, 1),
+        Linear("SmolLM2-135M", SMOLLM2, 2),
+        Linear("SmolLM2-135M", SMOLLM2, 4),
+        Linear("SmolLM2-135M", SMOLLM2, 6),
+        Linear("SmolLM2-135M", SMOLLM2, 8),
+        Linear("GPT-2 124M", GPT2, 1, transposed=True),
+        Linear("GPT-2 124M", GPT2, 4, transposed=True),
+        Linear("GPT-2 124M", GPT2, 6, transposed=True),
     ),
     "norm": (
         Norm("layer_norm", 8192, 768),
@@ -624,6 +696,7 @@ GPU_DTYPES = dict.fromkeys(GPU_TABLES, ("bf16",))
 DEFAULT_DTYPES = {
     "attention": ("fp32", "bf16", "fp16"),
     "decode": ("fp32", "bf16"),
+    "linear": ("fp32", "bf16"),
     "norm": ("fp32", "bf16"),
     "model": ("fp32", "bf16"),
 }
@@ -631,6 +704,7 @@ DEFAULT_DTYPES = {
 QUICK = {  # how many workloads of a table, from its head, a quick run takes
     "attention": 1,
     "decode": 1,
+    "linear": 1,
     "norm": 2,
     "model": 1,
     "launch": 1,
