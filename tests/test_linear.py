@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +12,13 @@ from backends import DTYPES, assert_parity
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastgpt.gpt.model
 from fastgpt.ops.linear import api
-from fastgpt.ops.linear.api import MOST_ROWS, linear_of_few_rows, serves_few_rows
+from fastgpt.ops.linear.api import limits, linear_of_few_rows, serves_few_rows
 
 # (in_features, out_features): whole lines of 64 bytes and blocks of rows or not, one of each, several threads
 # and stretches, and, transposed, fewer rows than parts.
-SIZES = [(64, 64), (40, 24), (75, 33), (1, 7), (9, 1), (3, 50), (576, 300), (1100, 2000)]
+SIZES = [(64, 64), (40, 24), (75, 33), (1, 7), (9, 1), (3, 50), (576, 300), (5000, 33), (1100, 2000)]
 
 
 def operands(rows, in_features, out_features, bias, transposed, dtype):
@@ -37,7 +41,7 @@ def test_parity(sizes, transposed, dtype):
     for n, rows in enumerate(shapes):
         operand = operands(rows, *sizes, n % 2 == 0, transposed, dtype)
         got = linear_of_few_rows(*operand, transposed)
-        if torch.Size(rows).numel() > MOST_ROWS[dtype]:
+        if torch.Size(rows).numel() > limits()[dtype].most_rows:
             assert got is None
             continue
         assert got.dtype == dtype and got.is_contiguous()
@@ -84,7 +88,7 @@ def test_which_are_taken():
     assert (
         not taken(x=(1, 15)) and not taken(bias=(7,)) and not taken(bias=(1, 8)) and not taken(weight=(16,))
     )
-    for dtype, most in MOST_ROWS.items():
+    for dtype, (_, most, _) in limits().items():
         assert taken(x=(most, 16), dtype=dtype) and not taken(x=(most + 1, 16), dtype=dtype)
 
 
@@ -136,8 +140,27 @@ def test_compiled_and_traced_calls_are_torchs():
         return F.linear(x, layer.weight, layer.bias) if out is None else out
 
     x, other = torch.randn(2, 16), torch.randn(2, 16)
-    for traced in (torch.compile(call, fullgraph=True, backend="eager"), torch.jit.trace(call, x)):
+    with warnings.catch_warnings(action="error", category=torch.jit.TracerWarning):
+        by_jit = torch.jit.trace(call, x)
+    by_fx = torch.fx.symbolic_trace(nn.Sequential(fastgpt.gpt.model.Linear(16, 8)))
+    by_fx.load_state_dict(layer.state_dict(prefix="0."))
+    for traced in (torch.compile(call, fullgraph=True, backend="eager"), by_jit, by_fx):
         torch.testing.assert_close(traced(other), layer(other))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_few_rows_and_small_weights_are_torchs_where_it_is_as_fast(monkeypatch, vendor):
+    monkeypatch.undo()
+    monkeypatch.setattr(api.Path, "exists", lambda path: True)
+    monkeypatch.setattr(api.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(api, "limits", functools.cache(api.limits.__wrapped__))
+    for dtype, (least_rows, _, least_weight) in api.limits().items():
+        assert least_rows == (3 if dtype == torch.float32 and vendor == "GenuineIntel" else 1)
+        out = least_weight // 64
+        assert taken((least_rows, 64), (out, 64), (out,), dtype)
+        assert not taken((least_rows, 64), (out - 1, 64), (out - 1,), dtype)
+        assert not taken((least_rows - 1, 64), (out, 64), (out,), dtype)
 
 
 def test_without_the_kernels_all_is_torchs(monkeypatch):

@@ -12,6 +12,7 @@ import torch
 import transformers
 from backends import assert_parity
 from test_gpt import GPT2, eager, random_model
+from torch.nn.utils import prune
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
@@ -578,9 +579,11 @@ def test_linear_layers_of_few_rows(kind, bias, rows):
     with torch.enable_grad():
         forward(x)
     assert len(torchs) == 1 + many
-    torch.nn.utils.parametrizations.weight_norm(module)  # in the weight's place
-    torch.testing.assert_close(forward(x), module(x))
-    assert len(torchs) == 2 + many
+    for name in ("bias", "weight"):  # something else in a parameter's place
+        if getattr(module, name) is not None:
+            prune.random_unstructured(module, name, amount=0.3)
+            torch.testing.assert_close(forward(x), module(x))
+    assert len(torchs) == 2 + many + (module.bias is not None)
 
 
 @torch.no_grad()
@@ -606,6 +609,27 @@ def test_which_products_of_a_patched_model_are_fastgpts(ids, monkeypatch):
         fastgpt.unpatch(model)(ids[:, :1])
         fastgpt.patch(model, backend="torch")(ids[:, :1])
         assert not seen
+
+
+@torch.no_grad()
+def test_layer_norms_of_few_elements_are_torchs_but_where_a_backend_is_asked_for(ids, monkeypatch):
+    monkeypatch.undo()
+    fused = []
+    own = norms.layer_norm
+    monkeypatch.setattr(norms, "layer_norm", lambda *a, **k: fused.append(a[0].numel()) or own(*a, **k))
+    model = random_model("gpt2")
+    expected, other = eager(model).double()(ids).logits, eager(model)(ids).logits
+    for backend, width in (
+        (None, 1),
+        ("cpu", 1),
+        (None, 1 + norms.FEW // ids.numel() // model.config.n_embd),
+    ):
+        fastgpt.patch(model, backend=backend)
+        inputs = ids.repeat(width, 1)
+        assert_parity("logits", model(inputs).logits[: len(ids)], other, expected)
+        assert bool(fused) == (backend == "cpu" or width > 1)
+        fused.clear()
+        fastgpt.unpatch(model)
 
 
 HYBRIDS = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "zamba2", "nemotron_h")

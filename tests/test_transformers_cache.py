@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -132,7 +133,32 @@ def by_torch_save(cache):
     return torch.load(stored, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, by_torch_save])
+def by_pickle(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+def in_place(layer):
+    layer.keys.mul_(2)
+
+
+def anew(layer):
+    layer.keys.data = layer.keys.data * 2
+
+
+@pytest.mark.parametrize("change", [in_place, anew])
+@pytest.mark.parametrize("copied", [lambda cache: cache, copy.deepcopy, by_torch_save, by_pickle])
+def test_keys_changed_by_hand_are_kept(copied, change):
+    caches = pair(False)
+    update(caches, 0, 1, 5)
+    caches = [copied(cache) for cache in caches]
+    for cache in caches:
+        change(cache.layers[0])
+    for _ in range(2):
+        update(caches, 0, 1, 1)
+    assert_same(*caches)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_torch_save, by_pickle])
 def test_a_copy_is_on_its_own(copied):
     caches = pair(False)
     update(caches, 0, 1, 5)

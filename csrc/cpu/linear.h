@@ -14,13 +14,13 @@
 // vain.
 //
 // As it is: out's elements are dot products over in_features, each computed by itself in an order that
-// depends on in_features alone. Transposed: out's rows are sums of weight rows, kept in fp32 for each of up
-// to kMostParts parts of in_features and added in order. So the bits depend neither on the number of threads
+// depends on in_features alone. Transposed: out's rows are sums of weight rows, kept in fp32 for each of a
+// few parts of in_features and added in order. So the bits depend neither on the number of threads
 // nor on the other rows. Error bounds: tests/test_linear.py::test_parity.
 
-constexpr int kRows = 6;            // of x at most, multiplied at a time
-constexpr int kSideBySide = 4;      // rows of the weight, transposed
-constexpr int64_t kMostParts = 16;  // of in_features, transposed
+constexpr int kRows = 6;                             // of x at most, multiplied at a time
+constexpr int kSideBySide = 4;                       // rows of the weight, transposed
+constexpr int64_t kMostParts = 16, kLeastQuads = 8;  // of in_features, transposed: parts, and what is in one
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kThreadBytes = 1 << 16;  // of the weight, that a thread is worth waking for
 constexpr int64_t kStretchBytes = 1 << 20;
@@ -69,7 +69,9 @@ struct Linear {
   void for_each_stretch(int64_t units, int64_t bytes, const Body& body) {
     int64_t threads = max(1, min(min(p.num_threads, units), units * bytes / kThreadBytes));
     int64_t stretches = min(units, threads * max(1, units * bytes / (threads * kStretchBytes)));
-    parallel_units(stretches, threads,
+    // All threads or one: where teams differ in size from call to call, libgomp ends threads and starts
+    // others.
+    parallel_units(stretches, threads == 1 ? 1 : p.num_threads,
                    [&](int64_t s, int64_t) { body(units * s / stretches, units * (s + 1) / stretches); });
   }
 
@@ -138,24 +140,26 @@ struct Linear {
     for (int r = 0; r < kR; r++) store_out(row + r, column, sums(acc[r]), n);
   }
 
-  // out[r][to + w] = x row r . weight row w, lane by lane
+  // out[r][to + w] += x row r . weight row w, lane by lane
   template <int kR, int kW>
   FASTGPT_INLINE void dot(const float* x, const T* row, int64_t to, vf (&out)[kR][kLanes]) {
-    vf acc[kR][kW] = {};
-    int64_t i = 0, next = ahead(kW);
-    for (; i + kLine <= columns; i += kLine) {
+    for (int64_t begin = 0; begin < columns; begin += kSummed) {
+      int64_t i = begin, end = min(columns, begin + kSummed), next = ahead(kW);
+      vf acc[kR][kW] = {};
+      for (; i + kLine <= end; i += kLine) {
 #pragma GCC unroll 4
-      for (int w = 0; w < kW; w++) ask_for(row + w * columns + i + next);
-      add_line<kR, kW>(x + i, row + i, columns, acc);
+        for (int w = 0; w < kW; w++) ask_for(row + w * columns + i + next);
+        add_line<kR, kW>(x + i, row + i, columns, acc);
+      }
+      if (i < end) {
+        T padded[kW][kLine] = {};
+        for (int w = 0; w < kW; w++)
+          __builtin_memcpy(padded[w], row + w * columns + i, (end - i) * sizeof(T));
+        add_line<kR, kW>(x + i, padded[0], kLine, acc);
+      }
+      for (int r = 0; r < kR; r++)
+        for (int w = 0; w < kW; w++) out[r][to + w] += acc[r][w];
     }
-    if (i < columns) {
-      T padded[kW][kLine] = {};
-      for (int w = 0; w < kW; w++)
-        __builtin_memcpy(padded[w], row + w * columns + i, (columns - i) * sizeof(T));
-      add_line<kR, kW>(x + i, padded[0], kLine, acc);
-    }
-    for (int r = 0; r < kR; r++)
-      for (int w = 0; w < kW; w++) out[r][to + w] = acc[r][w];
   }
 
   template <int kR, int kW>
@@ -177,23 +181,33 @@ struct Linear {
 
   void sum_rows() {
     int64_t quads = (p.in_features + kSideBySide - 1) / kSideBySide;
-    int64_t parts = min(kMostParts, quads);
-    float* sums = scratch(parts * p.rows * width);
+    int64_t parts = max(1, min(kMostParts, quads / kLeastQuads));
+    float* sums = scratch(parts * p.rows * width);  // (parts, rows, width)
     for_each_stretch(parts, quads / parts * kSideBySide * columns * sizeof(T),
-                     [&](int64_t first, int64_t last) {
-                       for (int64_t part = first; part < last; part++) {
+                     [&](int64_t part, int64_t last) {
+                       for (; part < last; part++) {
                          int64_t begin = quads * part / parts * kSideBySide;
                          int64_t end = min(p.in_features, quads * (part + 1) / parts * kSideBySide);
-                         float* acc = sums + part * p.rows * width;
-                         fill_zero(acc, p.rows * width);
-                         for (int64_t i = begin; i < end; i += kSideBySide)
-                           for_each_group([&](int64_t r, auto rows) {
-                             by_quad<decltype(rows)::value>(r, i, min(kSideBySide, end - i), acc + r * width);
-                           });
+                         sum_part(begin, end, sums + part * p.rows * width);
                        }
                      });
+    for_each_stretch(
+        width / kGroup, parts * p.rows * kGroup * sizeof(float),
+        [&](int64_t first, int64_t last) { add_parts(sums, parts, first * kGroup, last * kGroup); });
+  }
+
+  void sum_part(int64_t begin, int64_t end, float* sums) {
+    fill_zero(sums, p.rows * width);
+    for (int64_t i = begin; i < end; i += kSideBySide)
+      for_each_group([&](int64_t r, auto rows) {
+        by_quad<decltype(rows)::value>(r, i, min(kSideBySide, end - i), sums + r * width);
+      });
+  }
+
+  // Columns [begin, end) of out.
+  void add_parts(const float* sums, int64_t parts, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < p.rows; r++)
-      for (int64_t c = 0; c < columns; c += kGroup) {
+      for (int64_t c = begin; c < end; c += kGroup) {
         vf group[kTogether<T>] = {};
         for (int64_t part = 0; part < parts; part++)
           for (int v = 0; v < kTogether<T>; v++)

@@ -178,6 +178,11 @@ struct Results {
     head.k = rows(call.k, h / group, first_key, sk);
     head.v = rows(call.v, h / group, first_key, sk);
     head.storage = call.type;
+    if (has_matrix_unit && call.type == Storage::bf16) {
+      bool decoded = group * c.sq <= 16 && c.lengths_q.empty() && !c.dropout;  // few rows, by vectors
+      head.forward_factors = decoded ? Storage::f32 : call.type;
+      head.backward_factors = call.type;
+    }
     head.left = c.left, head.right = c.right;
     head.scale = call.scale, head.softcap = c.softcap;
     head.slope = *c.alibi ? static_cast<Real>(call.slopes.get(b, h, 0, 0)) : 0;

@@ -21,7 +21,9 @@ const Case kCases[] = {
     {"two groups of rows", 8, 65, 70, .bias = false},
     {"three groups of rows", 13, 40, 17},
     {"fewer weight rows than threads", 4, 900, 2},
-    {"several threads and stretches", 1, 700, 2000},
+    {"several threads", 5, 700, 400},
+    {"several stretches for each of three threads", 1, 1100, 3000},
+    {"long rows", 2, 9000, 20},
 };
 
 struct Call {

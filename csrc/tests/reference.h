@@ -51,18 +51,19 @@ Real dot(const std::vector<Real>& a, const std::vector<Real>& b) {
   return sum;
 }
 
-// A factor of a product, as plain PyTorch has it: in the storage type. The kernels for vectors keep it in
-// fp32 and are held to that.
+// A factor of a product as plain PyTorch stores it; what is exact is not rounded.
 template <class Real>
-Real factor(Storage storage, Real x) {
-  bool stored = sizeof(Real) == sizeof(float) && has_matrix_unit && storage == Storage::bf16;
-  return stored ? static_cast<Real>(rounded(storage, x)) : x;
+Real factor(Storage stored, Real x) {
+  return sizeof(Real) == sizeof(float) ? static_cast<Real>(rounded(stored, x)) : x;
 }
 
 template <class Real>
 struct Head {
   Matrix<Real> q, k, v;
   Storage storage;  // of out
+  // Of probabilities in forward, and of these and dx in backward, as factors. Only kernels of a matrix unit
+  // may round them, too.
+  Storage forward_factors = Storage::f32, backward_factors = Storage::f32;
   int64_t left, right;
   Real scale, softcap, slope, sink;                      // sink: -inf for none
   std::function<Real(int64_t i, int64_t j)> bias, keep;  // -inf hides; what a probability is multiplied by
@@ -94,7 +95,7 @@ struct Head {
       lse[i] = top + std::log(sum);
       for (int64_t j = 0; j < sk; j++) {
         p[i][j] = std::exp(s[j] - lse[i]);
-        Real kept = factor(storage, p[i][j] * (keep ? keep(i, j) : 1));
+        Real kept = factor(forward_factors, p[i][j] * (keep ? keep(i, j) : 1));
         for (size_t d = 0; d < dim_v; d++) out[i][d] += kept * v[j][d];
       }
       // The plain computation is one of the storage type: so is what its backward finds.
@@ -120,9 +121,9 @@ struct Head {
         Real z = keep ? keep(i, j) : 1;
         Real ds = p[i][j] * (z * dot(dout[i], v[j]) - delta), dx = ds * slopes_of_softcap[i][j] * scale;
         dbias[i][j] = ds;
-        Real kept = factor(storage, p[i][j] * z);
+        Real kept = factor(backward_factors, p[i][j] * z);
         for (size_t d = 0; d < dv[j].size(); d++) dv[j][d] += kept * dout[i][d];
-        dx = factor(storage, dx);
+        dx = factor(backward_factors, dx);
         for (size_t d = 0; d < dim; d++) {
           dq[i][d] += dx * k[j][d];
           dk[j][d] += dx * q[i][d];

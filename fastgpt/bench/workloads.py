@@ -443,7 +443,8 @@ class Patched:
     """A model of transformers with random weights, as it is and after :func:`fastgpt.patch`.
 
     Prefill is a prompt of ``context`` tokens, up to its last one's logits. Generate is generate() of
-    NEW_TOKENS with a cache of such a prompt, the tokens being given, so that all have the same. Train is the
+    NEW_TOKENS with a cache of such a prompt, the tokens being given, so that all have the same; the cache is
+    cropped to it before, for which a patched model copies it once. Train is the
     loss and the gradients of one sequence of TRAINED tokens, without dropout and without the optimizer's
     step.
     """
@@ -454,7 +455,7 @@ class Patched:
     context: int = 1024
 
     directions = ("prefill", "generate", "train")
-    NEW_TOKENS = 16
+    NEW_TOKENS = 64
     TRAINED = 512
 
     def _model(self) -> Any:
@@ -515,7 +516,7 @@ class Patched:
         mask, begun = torch.ones_like(ids), ids.shape[1] - 1
 
         def given(so_far: Tensor, scores: Tensor) -> Tensor:
-            token = ids[0, so_far.shape[1] - ids.shape[1]]
+            token = ids[0, so_far.shape[1] % ids.shape[1]]
             return torch.full_like(scores, -torch.inf).index_fill_(1, token[None], 0.0)
 
         def run() -> Tensors:

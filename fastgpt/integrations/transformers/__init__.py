@@ -141,7 +141,8 @@ def patch(
             ``cache`` or ``past_key_values`` to the model itself; with up to half of its size as room.)
         linear: layers that multiply up to 8 rows on a CPU (6 in bfloat16), without gradients, do so at the
             speed of memory; generate() of a few sequences spends most of its time there.
-        backend: of what is swapped; default ``FASTGPT_BACKEND``, else ``auto``.
+        backend: of what is swapped; default ``FASTGPT_BACKEND``, else ``auto``. (That of linear layers is
+            what the variable says now; of attention and norms, at each call.)
 
     Returns:
         model itself.

@@ -28,7 +28,6 @@ class Room:
     def __init__(self) -> None:
         self.buffer = torch.empty(0, 0, 0, 0)
         self.used = 0  # rows, which somebody may hold, even if they have been cropped since
-        self.last = self.buffer, 0  # what append has returned of it, and the row that this begins at
 
     def append(self, past: Tensor, new: Tensor) -> Tensor:
         """``torch.cat((past, new), -2)`` for (batch, nheads_k, seqlen, headdim); past, if it is a view of the
@@ -46,9 +45,8 @@ class Room:
             if length:
                 rows[:, :, :length] = past
         self.used = start + total
-        self.last = self.buffer[:, start : self.used].transpose(1, 2), start
         self.buffer[:, self.used - count : self.used] = new.transpose(1, 2)
-        return self.last[0]
+        return self.buffer[:, start : self.used].transpose(1, 2)
 
     def select(self, past: Tensor, index: Tensor) -> Tensor:
         """``past.index_select(0, index)``, with room behind it."""
@@ -59,21 +57,21 @@ class Room:
         """(batch, nheads_k, length, headdim), of a new buffer."""
         capacity = length + max(length // 2, LEAST_ROOM)
         self.buffer, self.used = like.new_empty(batch, capacity, like.shape[1], like.shape[3]), length
-        self.last = self.buffer, 0
         return self.buffer[:, :length].transpose(1, 2)
 
     def _start(self, past: Tensor) -> int | None:
         """The row of the buffer that past begins at; None if past is not its rows, or they are read-only."""
         buffer = self.buffer
-        if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        if past.dtype != buffer.dtype or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
             return None
-        if past is self.last[0]:
-            return self.last[1]
-        if past.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
-            return None
-        start, rest = divmod(int(past.storage_offset()), buffer.stride(1))
-        rows = buffer[:, start : start + past.shape[2]].transpose(1, 2)
-        return start if rest == 0 and rows.shape == past.shape and rows.stride() == past.stride() else None
+        batch, capacity, nheads_k, headdim = buffer.shape
+        by_batch, by_row, by_head, by_element = buffer.stride()
+        # What lies at an address in the buffer is the buffer's; copies, and what was set anew, lie elsewhere.
+        start, rest = divmod(past.data_ptr() - buffer.data_ptr(), by_row * buffer.element_size())
+        length = past.shape[2]
+        is_rows = rest == 0 and 0 <= start <= capacity - length
+        is_rows = is_rows and past.shape == (batch, nheads_k, length, headdim)
+        return start if is_rows and past.stride() == (by_batch, by_head, by_row, by_element) else None
 
 
 def _traced() -> bool:

@@ -26,11 +26,17 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def linear_forward(
-    module: nn.Module, original: Callable[[Tensor], Tensor], transposed: bool, backend: str, x: Tensor
+    module: nn.Module,
+    original: Callable[..., Tensor],
+    transposed: bool,
+    backend: str,
+    *args: Tensor,
+    **named: Tensor,
 ) -> Tensor:
     parameters = module._parameters  # a module's own attributes take several times as long to look up
-    weight = parameters.get("weight")  # None where something else stands for it
-    if weight is None:
-        return original(x)
-    out = linear_of_few_rows(x, weight, parameters.get("bias"), transposed, backend)
-    return original(x) if out is None else out
+    weight = parameters.get("weight")
+    # Pruning, parametrisation and offloading put something else in a parameter's place.
+    if weight is None or "bias" not in parameters or named or len(args) != 1:
+        return original(*args, **named)
+    out = linear_of_few_rows(args[0], weight, parameters["bias"], transposed, backend)
+    return original(*args) if out is None else out

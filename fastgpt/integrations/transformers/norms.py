@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgpt import dispatch
 from fastgpt.ops.checks import device_type, unit_rows
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
+FEW = 1 << 15  # elements up to which torch's layer norm, one operator, is the faster way on a CPU
 # The parameters of the forward that gpt2_block_forward stands for: before and since transformers 5.24.
 GPT2_BLOCK = [
     f"self hidden_states {cache} attention_mask encoder_hidden_states encoder_attention_mask use_cache kwargs"
@@ -31,18 +33,23 @@ class Norm(NamedTuple):
 
 def norm_forward(
     module: nn.Module,
-    original: Callable[[Tensor], Tensor],
+    original: Callable[..., Tensor],
     norm: Norm,
     backend: str | None,
-    x: Tensor,
-    *,
+    *args: Tensor,
     residual: Tensor | None = None,
+    **named: Tensor,
 ) -> Any:
-    """The norm of x; with a residual the norm of x + residual, and that sum."""
+    """The norm of x, the one argument; with a residual the norm of x + residual, and that sum."""
+    if named or len(args) != 1:
+        return original(*args, **named)
+    (x,) = args
     weight: Any = module.weight
     bias: Any = module.bias if norm.fused is layer_norm else None
     # Mixed precision has rules of its own about the output's dtype.
-    if x.dtype != weight.dtype or torch.is_autocast_enabled(device_type(x)):
+    own = x.dtype != weight.dtype or torch.is_autocast_enabled(device_type(x))
+    few = norm.fused is layer_norm and x.is_cpu and x.numel() <= FEW
+    if own or (few and dispatch.requested(backend) == "auto"):
         if residual is None:
             return original(x)
         x = x + residual

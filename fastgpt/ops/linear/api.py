@@ -5,21 +5,43 @@ Everything else, and every other backend, is torch's own.
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops.checks import PLAIN_TENSORS, needs_autograd, watched
 
-# Rows up to which the kernel was measured to be the faster way (docs/log.md).
-MOST_ROWS = {torch.float32: 8, torch.bfloat16: 6, torch.float16: 8}
+
+class Limits(NamedTuple):
+    """Where the kernel was measured to be the faster way (docs/log.md)."""
+
+    least_rows: int
+    most_rows: int
+    least_weight: int  # elements
+
+
+@functools.cache
+def limits() -> dict[torch.dtype, Limits]:
+    """By dtype. One or two rows of float32 are multiplied by MKL, on Intel's processors by all threads and at
+    the speed of memory, on others by one thread."""
+    cpu = Path("/proc/cpuinfo")
+    intel = cpu.exists() and "GenuineIntel" in cpu.read_text()
+    return {
+        torch.float32: Limits(3 if intel else 1, 8, 1 << 17),
+        torch.bfloat16: Limits(1, 6, 1 << 14),
+        torch.float16: Limits(1, 8, 1 << 17),
+    }
 
 
 def serves_few_rows(weight: Tensor, backend: str | None = None) -> bool:
     """Whether :func:`linear_of_few_rows` takes this weight, for some rows."""
     asked = dispatch.requested(backend)
     kernels = asked in ("auto", "cpu") and dispatch.unavailable("cpu") is None
-    return kernels and weight.is_cpu and weight.dtype in MOST_ROWS
+    return kernels and weight.is_cpu and weight.dtype in limits()
 
 
 def linear_of_few_rows(
@@ -36,22 +58,28 @@ def linear_of_few_rows(
 
     Returns:
         (..., out_features), contiguous, the same bits for any number of threads and of rows; or None where
-        torch has to compute it, or does as fast: more than MOST_ROWS rows, gradients, torch.compile, other
-        devices and dtypes, several dtypes, a weight that is not contiguous or no plain tensor, autocast,
-        other backends.
+        torch has to compute it, or does as fast (:class:`Limits`): gradients, torch.compile, other devices
+        and dtypes, several dtypes, a weight that is not contiguous or no plain tensor, autocast, other
+        backends.
     """
     # What costs least and refuses most comes first: a whole call takes as long as a small product.
-    if torch.compiler.is_compiling() or needs_autograd(x, weight, bias):
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return None
     if type(x) is not Tensor or type(weight) not in PLAIN_TENSORS or not (x.is_cpu and weight.is_cpu):
         return None
-    dtype = weight.dtype
-    if x.dtype != dtype or dtype not in MOST_ROWS or weight.dim() != 2 or not weight.is_contiguous():
+    dtype, served = weight.dtype, limits().get(weight.dtype)
+    if x.dtype != dtype or served is None or x.is_nested or weight.is_nested:
+        return None
+    if x.layout != torch.strided or weight.layout != torch.strided or x.dim() == 0 or weight.dim() != 2:
         return None
     out_features, in_features = weight.shape
     if transposed:
         out_features, in_features = in_features, out_features
-    if not 0 < x.numel() <= MOST_ROWS[dtype] * in_features or x.shape[-1] != in_features or not out_features:
+    if x.shape[-1] != in_features or not weight.is_contiguous():
+        return None
+    if in_features * out_features < served.least_weight:
+        return None
+    if not served.least_rows * in_features <= x.numel() <= served.most_rows * in_features:
         return None
     if bias is not None and not (
         type(bias) in PLAIN_TENSORS
@@ -62,9 +90,9 @@ def linear_of_few_rows(
         and not bias.is_neg()
     ):
         return None
-    if x.is_neg() or weight.is_neg() or watched() or torch.is_autocast_enabled("cpu"):
+    if x.is_neg() or weight.is_neg() or needs_autograd(x, weight, bias) or watched():
         return None
-    if torch._C._get_tracing_state() is not None or not serves_few_rows(weight, backend):
+    if torch.is_autocast_enabled("cpu") or not serves_few_rows(weight, backend):
         return None
     out: Tensor = dispatch.implementation("linear", "cpu").forward(x, weight, bias, transposed)
     return out
