@@ -358,12 +358,6 @@ class Linear:
             for (in_features, _), shape in zip(sizes, stored, strict=True)
         ]
 
-        def fused(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-            out = linear_of_few_rows(x, weight, None, self.transposed, backend)
-            if out is None:
-                raise BackendUnsupported(f"products of {self.rows} rows in {dtype} are left to torch")
-            return out
-
         def plain(x: Tensor, weight: Tensor) -> Tensor:
             return x @ weight if self.transposed else F.linear(x, weight)
 
@@ -374,10 +368,22 @@ class Linear:
 
             return run
 
+        def candidate(backend: str) -> Callable[[], Tensors]:
+            def fused(x: Tensor, weight: Tensor) -> Tensor | None:
+                return linear_of_few_rows(x, weight, None, self.transposed, backend)
+
+            def fused_or_plain(x: Tensor, weight: Tensor) -> Tensor:
+                out = fused(x, weight)
+                return plain(x, weight) if out is None else out
+
+            if all(fused(*pair) is None for pair in operands):
+                raise BackendUnsupported(f"products of {self.rows} rows in {dtype} are left to torch")
+            return of_all(fused_or_plain)
+
         return Case(
             ("out",),
             OUTPUT_FACTOR,
-            lambda backend: of_all(functools.partial(fused, backend=backend)),
+            candidate,
             {"x @ weight" if self.transposed else "F.linear": of_all(plain)},
             of_all(lambda x, weight: plain(x.double(), weight.double())),
         )

@@ -31,9 +31,9 @@ def limits() -> dict[torch.dtype, Limits]:
     cpu = Path("/proc/cpuinfo")
     intel = cpu.exists() and "GenuineIntel" in cpu.read_text()
     return {
-        torch.float32: Limits(3 if intel else 1, 8, 1 << 17),
+        torch.float32: Limits(3 if intel else 1, 8, 1 << 16),
         torch.bfloat16: Limits(1, 6, 1 << 14),
-        torch.float16: Limits(1, 8, 1 << 17),
+        torch.float16: Limits(1, 8, 1 << 16),
     }
 
 
