@@ -450,9 +450,8 @@ class Patched:
 
     Prefill is a prompt of ``context`` tokens, up to its last one's logits. Generate is generate() of
     NEW_TOKENS with a cache of such a prompt, the tokens being given, so that all have the same; the cache is
-    cropped to it before, for which a patched model copies it once. Train is the
-    loss and the gradients of one sequence of TRAINED tokens, without dropout and without the optimizer's
-    step.
+    cropped to it before, for which a patched model copies it once. Train is the loss and the gradients of one
+    sequence of TRAINED tokens, without dropout and without the optimizer's step.
     """
 
     name: str
