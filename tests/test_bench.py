@@ -13,7 +13,7 @@ import fastgpt
 from fastgpt.bench import baselines, harness, report, workloads
 from fastgpt.bench.harness import FEWEST_ROUNDS, FLOOR, Case, Row, Work
 from fastgpt.bench.memory import peak_memory
-from fastgpt.ops.linear.api import Limits
+from fastgpt.ops.linear.api import LIMITS, Limits
 
 
 class FakeClock:
@@ -310,10 +310,9 @@ def test_products_are_verified(monkeypatch, transposed):
     few, many = (workloads.Linear("m", ((2, 24, 40), (1, 40, 7)), rows, transposed) for rows in (3, 9))
     assert few.work(torch.bfloat16, "forward").amount == 2 * (2 * 24 * 40 + 40 * 7)
     verify(few.case("cpu", torch.bfloat16, "forward"), "cpu")
-    monkeypatch.setattr("fastgpt.ops.linear.api.limits", lambda: {torch.bfloat16: Limits(1, 6, 24 * 40)})
-    verify(few.case("cpu", torch.bfloat16, "forward"), "cpu")  # with a weight that is torch's
-    monkeypatch.undo()
-    monkeypatch.setattr("fastgpt.ops.linear.api.limits", lambda: {torch.float32: Limits(1, 6, 1)})
+    with monkeypatch.context() as changed:
+        changed.setitem(LIMITS, torch.bfloat16, Limits(6, 24 * 40))
+        verify(few.case("cpu", torch.bfloat16, "forward"), "cpu")  # with a weight that is torch's
     with pytest.raises(fastgpt.BackendUnsupported, match="9 rows"):
         verify(many.case("cpu", torch.float32, "forward"), "cpu")
     right = workloads.linear_of_few_rows

@@ -5,8 +5,6 @@ Everything else, and every other backend, is torch's own.
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,31 +15,25 @@ from fastgpt.ops.checks import PLAIN_TENSORS, needs_autograd, watched
 
 
 class Limits(NamedTuple):
-    """Where the kernel was measured to be the faster way (docs/log.md)."""
+    """Where the kernel was measured to be the faster way, or as fast (docs/log.md)."""
 
-    least_rows: int
     most_rows: int
     least_weight: int  # elements
 
 
-@functools.cache
-def limits() -> dict[torch.dtype, Limits]:
-    """By dtype. One or two rows of float32 are multiplied by MKL, on Intel's processors by all threads and at
-    the speed of memory, on others by one thread."""
-    cpu = Path("/proc/cpuinfo")
-    intel = cpu.exists() and "GenuineIntel" in cpu.read_text()
-    return {
-        torch.float32: Limits(3 if intel else 1, 8, 1 << 16),
-        torch.bfloat16: Limits(1, 6, 1 << 14),
-        torch.float16: Limits(1, 8, 1 << 16),
-    }
+LIMITS = {
+    torch.float32: Limits(8, 1 << 18),
+    torch.bfloat16: Limits(6, 1 << 14),
+    torch.float16: Limits(8, 1 << 16),
+}
 
 
 def serves_few_rows(weight: Tensor, backend: str | None = None) -> bool:
     """Whether :func:`linear_of_few_rows` takes this weight, for some rows."""
     asked = dispatch.requested(backend)
     kernels = asked in ("auto", "cpu") and dispatch.unavailable("cpu") is None
-    return kernels and weight.is_cpu and weight.dtype in limits()
+    served = LIMITS.get(weight.dtype)
+    return kernels and served is not None and weight.is_cpu and weight.numel() >= served.least_weight
 
 
 def linear_of_few_rows(
@@ -67,7 +59,7 @@ def linear_of_few_rows(
         return None
     if type(x) is not Tensor or type(weight) not in PLAIN_TENSORS or not (x.is_cpu and weight.is_cpu):
         return None
-    dtype, served = weight.dtype, limits().get(weight.dtype)
+    dtype, served = weight.dtype, LIMITS.get(weight.dtype)
     if x.dtype != dtype or served is None or x.is_nested or weight.is_nested:
         return None
     if x.layout != torch.strided or weight.layout != torch.strided or x.dim() == 0 or weight.dim() != 2:
@@ -77,9 +69,7 @@ def linear_of_few_rows(
         out_features, in_features = in_features, out_features
     if x.shape[-1] != in_features or not weight.is_contiguous():
         return None
-    if in_features * out_features < served.least_weight:
-        return None
-    if not served.least_rows * in_features <= x.numel() <= served.most_rows * in_features:
+    if not 0 < x.numel() <= served.most_rows * in_features or not out_features:
         return None
     if bias is not None and not (
         type(bias) in PLAIN_TENSORS
