@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from fastgpt.ops.few_rows.spec import Attention, Cache, Mlp, Projection, Rotary
+
 _Dropout = tuple[int, int, int, float]  # threshold, offset, seed, scale
 
 isa: str
@@ -139,15 +141,20 @@ def merge_backward(
     dlse_b: Tensor,
     num_threads: int,
 ) -> None: ...
-def linear(
-    rows: int,
-    in_features: int,
-    out_features: int,
+
+# Of fastgpt/ops/few_rows/spec.py; whether the operands fit each other: if not, nothing has happened.
+def linear(x: Tensor, projection: Projection, transposed: bool, out: Tensor, num_threads: int) -> bool: ...
+def mlp(x: Tensor, spec: Mlp, out: Tensor, num_threads: int) -> bool: ...
+def attention_block(
+    x: Tensor, spec: Attention, rotary: Rotary | None, cache: Cache, out: Tensor, num_threads: int
+) -> bool: ...
+def block(
     x: Tensor,
-    x_stride: int,
-    weight: Tensor,
-    transposed: bool,
-    bias: Tensor | None,
+    attention: Attention,
+    rotary: Rotary | None,
+    cache: Cache,
+    mlp: Mlp,
+    between: Tensor,
     out: Tensor,
     num_threads: int,
-) -> None: ...
+) -> bool: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgpt.ops.attention.api import attention
 from fastgpt.ops.checks import unit_rows
+from fastgpt.ops.few_rows.spec import Projection
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -195,3 +197,37 @@ class FusedCausalSelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, dropout={self.dropout}"
+
+
+# Where several modules are computed in one go, as those of a block are for a few rows, each has to be no more
+# than what it was known as.
+
+
+def all_are_hooked() -> bool:
+    """Whether every module has hooks, which calls of single ones would see."""
+    module: Any = nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+def is_itself(module: Any, kind: type[nn.Module], forward: Callable[..., Any] | None = None) -> bool:
+    """Whether a module is of that class, with nothing before or behind its forward, which is its class's, or
+    a partial of the one that is given.
+    """
+    own = module.__dict__ if type(module) is kind else None
+    if own is None or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return False
+    its = own.get("forward")
+    return its is None or (forward is not None and getattr(its, "func", None) is forward)
+
+
+def projection_of(
+    module: Any, kind: type[nn.Module], forward: Callable[..., Any] | None = None
+) -> Projection | None:
+    """What a linear layer multiplies by, if it is_itself, and none of its parameters is replaced, as pruning,
+    parametrisation and offloading do.
+    """
+    if not is_itself(module, kind, forward):
+        return None
+    parameters = module._parameters
+    weight = parameters.get("weight")
+    return None if weight is None or "bias" not in parameters else Projection(weight, parameters["bias"])

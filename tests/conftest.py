@@ -9,7 +9,7 @@ from backends import AVAILABLE, DTYPES, poison_scratch
 from hypothesis import Phase, settings
 
 from fastgpt.ops import cuda
-from fastgpt.ops.linear.api import LIMITS
+from fastgpt.ops.few_rows.api import LIMITS
 
 # Without it, cuBLAS refuses to be deterministic (the fixture `poison`).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

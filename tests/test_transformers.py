@@ -1,5 +1,6 @@
 """fastgpt.register, patch and unpatch on transformers' models."""
 
+import collections
 import copy
 import importlib
 import inspect
@@ -22,6 +23,7 @@ from fastgpt import demo
 from fastgpt.integrations import transformers as integration
 from fastgpt.integrations.transformers import attention, linear, norms
 from fastgpt.nn import replace_norms
+from fastgpt.ops.few_rows import api as few_rows
 
 NAMES = ["gpt2", "llama", "llama-gqa-tied", "llama3-biases"]
 LAYERS = 3
@@ -319,9 +321,12 @@ def test_the_summary_is_printed(hf, capsys):
         "linear": f"{_linears(hf)} linear layers where rows are few",
         "cache": "a cache that appends in place",
     }
+    layers = said["linear"]
+    as_one = {None: "blocks", "norm": f"attentions and {LAYERS} MLPs", "attention": "MLPs", "cache": "MLPs"}
     for left in (None, *said):
         fastgpt.patch(hf, **({left: False} if left else {}))
         assert (hf.config._attn_implementation == "fastgpt") == (left != "attention")
+        said["linear"] = f"{layers}, there {LAYERS} {as_one.get(left)} as one call each"
         expected = ", ".join(text for name, text in said.items() if name != left)
         assert capsys.readouterr().out == f"fastgpt: patched {type(hf).__name__}: {expected}\n"
         fastgpt.unpatch(hf)
@@ -517,7 +522,12 @@ def test_which_norms_are_swapped(any_model, capsys):
     fastgpt.patch(any_model)
     fused = " (3 of them with the residual's addition)" if name == "gpt2" else ""
     said = f"3 attentions, {norms} norms{fused}" + (f", left as they are: {left}" if left else "")
-    said += f", {_linears(any_model)} linear layers where rows are few, a cache that appends in place"
+    said += f", {_linears(any_model)} linear layers where rows are few"
+    as_one = {"gpt_neox": None, "gpt_oss": None, "gemma2": "3 attentions and 3 MLPs"}
+    as_one |= {"gemma3_text": "3 MLPs", "olmo2": "3 MLPs"}
+    if (parts := as_one.get(name, "3 blocks")) is not None:
+        said += f", there {parts} as one call each"
+    said += ", a cache that appends in place"
     assert capsys.readouterr().out == f"fastgpt: patched {type(any_model).__name__}: {said}\n"
 
 
@@ -586,29 +596,43 @@ def test_linear_layers_of_few_rows(kind, bias, rows):
     assert len(torchs) == 2 + many + (module.bias is not None)
 
 
+@pytest.fixture
+def served(monkeypatch):
+    """Which of the calls for few rows were served, how many times each, of models patched before or after."""
+    counts = collections.Counter()
+
+    def watched(name, own):
+        def call(*args):
+            out = own(*args)
+            counts[name] += out is not None
+            return out
+
+        return call
+
+    for name in ("linear", "mlp", "attention", "block"):
+        monkeypatch.setattr(few_rows, name, watched(name, getattr(few_rows, name)))
+    return counts
+
+
 @torch.no_grad()
-def test_which_products_of_a_patched_model_are_fastgpts(ids, monkeypatch):
-    seen = []
-    own = linear.linear_of_few_rows
-
-    def watched(*args):
-        out = own(*args)
-        seen.append(out is not None)
-        return out
-
-    monkeypatch.setattr(linear, "linear_of_few_rows", watched)
+def test_what_of_a_patched_model_is_fastgpts_where_rows_are_few(ids, served):
     for name in ("gpt2", "llama"):
         model = fastgpt.patch(random_model(name))
         model(ids)
-        assert not any(seen)
-        seen.clear()
+        assert not +served
         for dtype in (torch.float32, torch.bfloat16):
-            model.to(dtype)(ids[:, :1])
-            assert len(seen) == _linears(model) and all(seen)
-            seen.clear()
+            model.to(dtype)
+            cache = transformers.DynamicCache(config=model.config)
+            projections = _linears(model) - 1 - (2 if name == "gpt2" else 3) * LAYERS  # an MLP has the rest
+            model(ids[:, :1], cache=cache)  # into an empty cache: every attention by its steps
+            assert served == {"linear": 1 + projections, "mlp": LAYERS}
+            served.clear()
+            model(ids[:, 1:3], cache=cache)
+            assert served == {"linear": 1, "block": LAYERS}
+            served.clear()
         fastgpt.unpatch(model)(ids[:, :1])
         fastgpt.patch(model, backend="torch")(ids[:, :1])
-        assert not seen
+        assert not served
 
 
 @torch.no_grad()

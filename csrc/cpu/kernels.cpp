@@ -39,6 +39,7 @@ namespace {
 #include "norm.h"
 #include "merge.h"
 #include "linear.h"
+#include "block.h"
 
 template <class T>
 using DecodeSame = Decode<T, T>;
@@ -95,6 +96,8 @@ const Kernels FASTGPT_CONCAT(kernels_, FASTGPT_ISA) = {
     by_dtype<MergeForward, MergeParams>,
     by_dtype<MergeBackward, MergeBackwardParams>,
     by_dtype<Linear, LinearParams>,
+    by_dtype<Mlp, MlpParams>,
+    by_dtype<AttentionBlock, AttentionBlockParams>,
 };
 
 }  // namespace fastgpt

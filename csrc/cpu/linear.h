@@ -5,7 +5,7 @@
 //
 // x (rows, in_features), any row stride; weight (out_features, in_features), transposed (in_features,
 // out_features), bias (out_features), out (rows, out_features), contiguous; all in fp32, bf16 or fp16. Sums
-// are fp32, and storage is rounded once.
+// are fp32, and storage is rounded once. With several weights, their results lie side by side in out's rows.
 //
 // Each element of the weight is read once, by one thread, and multiplied by up to kRows rows of x at a time
 // (what is more than that finds it in the cache), which are widened to fp32 before. Several rows of the
@@ -36,15 +36,30 @@ struct Linear {
   const LinearParams& p;
   static constexpr int64_t kLine = kLineBytes / sizeof(T), kGroup = kTogether<T> * kLanes;
   static_assert(kLine % kGroup == 0);
-  const T* weight = static_cast<const T*>(p.weight);
-  int64_t columns = p.transposed ? p.out_features : p.in_features;  // of the weight
+  int64_t out_stride = p.out_stride();
+  int64_t columns = p.in_features;  // of a weight; transposed: of the one at work
   int64_t width = round_up(columns, kLine);
 
+  // One of the weights; `out` is its first column.
+  struct Part {
+    const T *weight, *bias;
+    T* out;
+    int64_t out_features;
+  };
+  FASTGPT_INLINE Part part_of(const Projection& of, int64_t first_column) const {
+    return {static_cast<const T*>(of.weight), static_cast<const T*>(of.bias),
+            static_cast<T*>(p.out) + first_column, of.out_features};
+  }
+
   void run() {
-    if (p.transposed)
-      sum_rows();
-    else
-      dot_products();
+    if (!p.transposed) return dot_products();
+    int64_t first_column = 0;
+    for (int i = 0; i < p.count; i++) {
+      columns = p.projections[i].out_features;
+      width = round_up(columns, kLine);
+      sum_rows(part_of(p.projections[i], first_column));
+      first_column += columns;
+    }
   }
 
   // How many elements behind the one that is read to ask for: the same place in the rows behind the `rows`
@@ -59,9 +74,9 @@ struct Linear {
   }
 
   // out[row][column...] = x + bias, n <= kLanes elements.
-  FASTGPT_INLINE void store_out(int64_t row, int64_t column, vf x, int64_t n) {
-    if (p.bias) x += load_upto(static_cast<const T*>(p.bias) + column, n);
-    store_upto(static_cast<T*>(p.out) + row * p.out_features + column, x, n);
+  FASTGPT_INLINE void store_out(const Part& part, int64_t row, int64_t column, vf x, int64_t n) {
+    if (part.bias) x += load_upto(part.bias + column, n);
+    store_upto(part.out + row * out_stride + column, x, n);
   }
 
   // Calls body(first, last) for stretches of `units` units of so many bytes.
@@ -108,11 +123,21 @@ struct Linear {
   void dot_products() {
     float* x = scratch(p.rows * width);
     for (int64_t r = 0; r < p.rows; r++) widen(static_cast<const T*>(p.x) + r * p.x_stride, x + r * width);
-    int64_t blocks = (p.out_features + kLanes - 1) / kLanes;
+    auto blocks_of = [](const Projection& of) { return (of.out_features + kLanes - 1) / kLanes; };
+    int64_t blocks = 0;
+    for (int i = 0; i < p.count; i++) blocks += blocks_of(p.projections[i]);
     for_each_stretch(blocks, kLanes * columns * sizeof(T), [&](int64_t first, int64_t last) {
-      for (int64_t column = first * kLanes; column < min(last * kLanes, p.out_features); column += kLanes)
-        for_each_group(
-            [&](int64_t r, auto rows) { by_block<decltype(rows)::value>(r, x + r * width, column); });
+      int64_t first_block = 0, first_column = 0;  // of a part
+      for (int i = 0; i < p.count; i++) {
+        Part part = part_of(p.projections[i], first_column);
+        int64_t count = blocks_of(p.projections[i]);
+        for (int64_t block = max(0, first - first_block); block < min(count, last - first_block); block++)
+          for_each_group([&](int64_t r, auto rows) {
+            by_block<decltype(rows)::value>(part, r, x + r * width, block * kLanes);
+          });
+        first_block += count;
+        first_column += part.out_features;
+      }
     });
   }
 
@@ -128,16 +153,16 @@ struct Linear {
   }
 
   template <int kR>
-  __attribute__((noinline)) void by_block(int64_t row, const float* x, int64_t column) {
+  __attribute__((noinline)) void by_block(const Part& part, int64_t row, const float* x, int64_t column) {
     // Rows of the weight side by side, as many as there are registers for their sums.
     constexpr int kW = kLanes == 16 || kR <= 2 ? 4 : 2;
-    int64_t n = min(kLanes, p.out_features - column);
+    int64_t n = min(kLanes, part.out_features - column);
     vf acc[kR][kLanes] = {};
-    const T* first = weight + column * columns;
+    const T* first = part.weight + column * columns;
     int64_t w = 0;
     for (; w + kW <= n; w += kW) dot<kR, kW>(x, first + w * columns, w, acc);
     for (; w < n; w++) dot<kR, 1>(x, first + w * columns, w, acc);
-    for (int r = 0; r < kR; r++) store_out(row + r, column, sums(acc[r]), n);
+    for (int r = 0; r < kR; r++) store_out(part, row + r, column, sums(acc[r]), n);
   }
 
   // out[r][to + w] += x row r . weight row w, lane by lane
@@ -179,33 +204,32 @@ struct Linear {
 
   // --- weight (in_features, out_features) ---
 
-  void sum_rows() {
+  void sum_rows(const Part& part) {
     int64_t quads = (p.in_features + kSideBySide - 1) / kSideBySide;
     int64_t parts = max(1, min(kMostParts, quads / kLeastQuads));
     float* sums = scratch(parts * p.rows * width);  // (parts, rows, width)
-    for_each_stretch(parts, quads / parts * kSideBySide * columns * sizeof(T),
-                     [&](int64_t part, int64_t last) {
-                       for (; part < last; part++) {
-                         int64_t begin = quads * part / parts * kSideBySide;
-                         int64_t end = min(p.in_features, quads * (part + 1) / parts * kSideBySide);
-                         sum_part(begin, end, sums + part * p.rows * width);
-                       }
-                     });
+    for_each_stretch(parts, quads / parts * kSideBySide * columns * sizeof(T), [&](int64_t i, int64_t last) {
+      for (; i < last; i++) {
+        int64_t begin = quads * i / parts * kSideBySide;
+        int64_t end = min(p.in_features, quads * (i + 1) / parts * kSideBySide);
+        sum_stretch(part, begin, end, sums + i * p.rows * width);
+      }
+    });
     for_each_stretch(
         width / kGroup, parts * p.rows * kGroup * sizeof(float),
-        [&](int64_t first, int64_t last) { add_parts(sums, parts, first * kGroup, last * kGroup); });
+        [&](int64_t first, int64_t last) { add_sums(part, sums, parts, first * kGroup, last * kGroup); });
   }
 
-  void sum_part(int64_t begin, int64_t end, float* sums) {
+  void sum_stretch(const Part& part, int64_t begin, int64_t end, float* sums) {
     fill_zero(sums, p.rows * width);
     for (int64_t i = begin; i < end; i += kSideBySide)
       for_each_group([&](int64_t r, auto rows) {
-        by_quad<decltype(rows)::value>(r, i, min(kSideBySide, end - i), sums + r * width);
+        by_quad<decltype(rows)::value>(part, r, i, min(kSideBySide, end - i), sums + r * width);
       });
   }
 
   // Columns [begin, end) of out.
-  void add_parts(const float* sums, int64_t parts, int64_t begin, int64_t end) {
+  void add_sums(const Part& of, const float* sums, int64_t parts, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < p.rows; r++)
       for (int64_t c = begin; c < end; c += kGroup) {
         vf group[kTogether<T>] = {};
@@ -214,15 +238,17 @@ struct Linear {
             group[v] += load(sums + (part * p.rows + r) * width + c + v * kLanes);
         in_order<T>(group);
         for (int v = 0; v < kTogether<T>; v++)
-          if (int64_t i = c + v * kLanes; i < columns) store_out(r, i, group[v], min(kLanes, columns - i));
+          if (int64_t i = c + v * kLanes; i < columns)
+            store_out(of, r, i, group[v], min(kLanes, columns - i));
       }
   }
 
   template <int kR>
-  __attribute__((noinline)) void by_quad(int64_t row, int64_t first, int64_t n, float* sums) {
+  __attribute__((noinline)) void by_quad(const Part& part, int64_t row, int64_t first, int64_t n,
+                                         float* sums) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride + first;
-    if (n == kSideBySide) return add_rows<kR, kSideBySide>(x, weight + first * columns, sums);
-    for (int64_t i = 0; i < n; i++) add_rows<kR, 1>(x + i, weight + (first + i) * columns, sums);
+    if (n == kSideBySide) return add_rows<kR, kSideBySide>(x, part.weight + first * columns, sums);
+    for (int64_t i = 0; i < n; i++) add_rows<kR, 1>(x + i, part.weight + (first + i) * columns, sums);
   }
 
   // sums[r] += sum over w of x[r][w] weight row w

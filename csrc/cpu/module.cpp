@@ -18,6 +18,7 @@
 
 #include "fastgpt/params.h"
 #include "fastgpt/python.h"
+#include "few_rows.h"
 #include "isa.h"
 
 namespace py = pybind11;
@@ -34,7 +35,7 @@ struct Buffer {
   }
   ~Buffer() { free(); }
 };
-static thread_local Buffer scratch_buffer;
+static thread_local Buffer scratch_buffer, outer_scratch_buffer;
 
 // A MemoryError in Python, with this message.
 struct OutOfScratch : std::bad_alloc {
@@ -45,8 +46,7 @@ struct OutOfScratch : std::bad_alloc {
   const char* what() const noexcept override { return message.c_str(); }
 };
 
-float* scratch(int64_t floats) {
-  Buffer& buffer = scratch_buffer;
+static float* take(Buffer& buffer, int64_t floats) {
   if (buffer.size < floats) {
     buffer.free();
     int64_t rounded = (floats + 15) / 16 * 16;
@@ -61,6 +61,8 @@ float* scratch(int64_t floats) {
 #endif
   return buffer.data;
 }
+float* scratch(int64_t floats) { return take(scratch_buffer, floats); }
+float* outer_scratch(int64_t floats) { return take(outer_scratch_buffer, floats); }
 
 // libgomp's pool of threads belongs to the thread that uses it, and its threads do not survive a fork: the
 // thread that forked, alone in the child, would wait for them forever. There it runs kernels by itself.
@@ -74,7 +76,8 @@ static int usable_threads(int asked) { return forked ? 1 : asked; }
 struct KernelScope {
   py::gil_scoped_release release;
   ~KernelScope() {
-    if (scratch_buffer.size > (64 << 20) / static_cast<int64_t>(sizeof(float))) scratch_buffer.free();
+    for (Buffer* buffer : {&scratch_buffer, &outer_scratch_buffer})
+      if (buffer->size > (64 << 20) / static_cast<int64_t>(sizeof(float))) buffer->free();
   }
 };
 
@@ -140,6 +143,18 @@ void set_merge(Params& p, const Array& out_a, const Array& lse_a, const Array& o
   p.out_b = tensor(out_b);
   p.lse_b = rows(lse_b);
   p.num_threads = usable_threads(num_threads);
+}
+
+// Calls compute() and returns true, or false where it finds that the operands are Unfit, before it has done
+// anything.
+template <class Compute>
+bool if_fit(const Compute& compute) {
+  try {
+    compute();
+  } catch (const Unfit&) {
+    return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -318,21 +333,49 @@ PYBIND11_MODULE(_cpu, m) {
           kernels->merge_backward(p);
         });
 
-  m.def("linear", [kernels](int64_t rows, int64_t in_features, int64_t out_features, Data x, int64_t x_stride,
-                            Data weight, bool transposed, Data bias, Data out, int num_threads) {
-    LinearParams p;
-    p.dtype = x.dtype();
-    p.rows = rows;
-    p.in_features = in_features;
-    p.out_features = out_features;
-    p.x = x;
-    p.x_stride = x_stride;
-    p.weight = weight;
-    p.transposed = transposed;
-    p.bias = bias;
-    p.out = out;
-    p.num_threads = usable_threads(num_threads);
-    KernelScope scope;
-    kernels->linear(p);
+  m.def("linear",
+        [kernels](py::handle x, py::handle projection, bool transposed, py::handle out, int num_threads) {
+          return if_fit([&] {
+            LinearParams p;
+            read_rows(p, x, transposed, read(out));
+            p.projections[p.count++] = read_projection(projection, p, p.in_features);
+            p.num_threads = usable_threads(num_threads);
+            KernelScope scope;
+            kernels->linear(p);
+          });
+        });
+
+  m.def("mlp", [kernels](py::handle x, py::handle spec, py::handle out, int num_threads) {
+    return if_fit([&] {
+      MlpParams p = read_mlp(x, spec, read(out));
+      p.num_threads = usable_threads(num_threads);
+      KernelScope scope;
+      kernels->mlp(p);
+    });
+  });
+
+  m.def("attention_block", [kernels](py::handle x, py::handle spec, py::handle rotary, py::handle cache,
+                                     py::handle out, int num_threads) {
+    return if_fit([&] {
+      std::vector<int32_t> leftpad;
+      AttentionBlockParams p = read_attention(x, spec, rotary, cache, read(out), leftpad);
+      p.num_threads = p.attention.num_threads = usable_threads(num_threads);
+      KernelScope scope;
+      kernels->attention_block(p);
+    });
+  });
+
+  // The two, one after the other, or neither.
+  m.def("block", [kernels](py::handle x, py::handle attention, py::handle rotary, py::handle cache,
+                           py::handle mlp, py::handle between, py::handle out, int num_threads) {
+    return if_fit([&] {
+      std::vector<int32_t> leftpad;
+      AttentionBlockParams first = read_attention(x, attention, rotary, cache, read(between), leftpad);
+      MlpParams second = read_mlp(between, mlp, read(out));
+      first.num_threads = first.attention.num_threads = second.num_threads = usable_threads(num_threads);
+      KernelScope scope;
+      kernels->attention_block(first);
+      kernels->mlp(second);
+    });
   });
 }

@@ -10,6 +10,7 @@ struct Case {
   const char* name;
   int64_t rows, in_features, out_features;
   bool bias = true;
+  int parts = 1;  // matrices that the rows of the weight are cut into
 };
 
 const Case kCases[] = {
@@ -24,6 +25,8 @@ const Case kCases[] = {
     {"several threads", 5, 700, 400},
     {"several stretches for each of three threads", 1, 1100, 3000},
     {"long rows", 2, 9000, 20},
+    {"three matrices", 1, 576, 960, .parts = 3},
+    {"two matrices, odd", 4, 75, 67, .bias = false, .parts = 2},
 };
 
 struct Call {
@@ -40,10 +43,19 @@ struct Call {
     Array out(type, {1, 1, c.rows, c.out_features}, Array::contiguous);
     LinearParams p{};
     p.dtype = static_cast<DType>(type);
-    p.rows = c.rows, p.in_features = c.in_features, p.out_features = c.out_features;
+    p.rows = c.rows, p.in_features = c.in_features;
     p.x = x.data(), p.x_stride = x.strides[2];
-    p.weight = weight.data(), p.transposed = transposed;
-    p.bias = c.bias ? bias.data() : nullptr;
+    // As one matrix, or as several whose results lie side by side: stretches of its rows.
+    int64_t first = 0;
+    p.count = transposed ? 1 : c.parts;
+    for (int i = 0; i < p.count; i++) {
+      int64_t end = c.out_features * (i + 1) / p.count;
+      p.projections[i].weight = weight.at(0, 0, first, 0);
+      p.projections[i].bias = c.bias ? bias.at(0, 0, 0, first) : nullptr;
+      p.projections[i].out_features = end - first;
+      first = end;
+    }
+    p.transposed = transposed;
     p.out = out.data();
     p.num_threads = threads;
     kernels->linear(p);

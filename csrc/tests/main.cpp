@@ -23,12 +23,14 @@ extern const Primitives primitives_amx_emulated;
 #endif
 
 // Each call's own, so that a kernel can neither use what an earlier one left nor more than it asked for.
-static std::unique_ptr<test::Guarded> scratch_memory;
-float* scratch(int64_t floats) {
-  scratch_memory.reset();
-  scratch_memory = std::make_unique<test::Guarded>(floats * sizeof(float), 64);
-  return reinterpret_cast<float*>(scratch_memory->data);
+static std::unique_ptr<test::Guarded> scratch_memory, outer_scratch_memory;
+static float* take(std::unique_ptr<test::Guarded>& memory, int64_t floats) {
+  memory.reset();
+  memory = std::make_unique<test::Guarded>(floats * sizeof(float), 64);
+  return reinterpret_cast<float*>(memory->data);
 }
+float* scratch(int64_t floats) { return take(scratch_memory, floats); }
+float* outer_scratch(int64_t floats) { return take(outer_scratch_memory, floats); }
 
 namespace test {
 namespace {
@@ -88,6 +90,7 @@ int main(int argc, char** argv) {
     test();
   }
   scratch_memory.reset();
+  outer_scratch_memory.reset();
   std::printf(failures ? "%d failures\n" : "passed\n", failures);
   return failures ? 1 : 0;
 }

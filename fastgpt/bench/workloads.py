@@ -22,7 +22,7 @@ import fastgpt
 from fastgpt.bench import baselines
 from fastgpt.bench.harness import GRADIENT_FACTOR, OUTPUT_FACTOR, Case, Row, Work
 from fastgpt.dispatch import BackendUnsupported
-from fastgpt.ops.linear.api import linear_of_few_rows
+from fastgpt.ops.few_rows import api as few_rows
 
 Tensors = tuple[Any, ...]  # of tensors; the declared result of fastgpt.attention is wider, for return_lse
 Function = Callable[..., Tensors]
@@ -370,7 +370,7 @@ class Linear:
 
         def candidate(backend: str) -> Callable[[], Tensors]:
             def fused(x: Tensor, weight: Tensor) -> Tensor | None:
-                return linear_of_few_rows(x, weight, None, self.transposed, backend)
+                return few_rows.linear(x, weight, None, self.transposed, backend)
 
             def fused_or_plain(x: Tensor, weight: Tensor) -> Tensor:
                 out = fused(x, weight)

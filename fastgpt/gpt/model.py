@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from fastgpt.gpt import generate
 from fastgpt.gpt.config import GPTConfig
 from fastgpt.kv_cache import KVCache
+from fastgpt.nn import all_are_hooked, is_itself, projection_of
 from fastgpt.ops.attention.api import attention
-from fastgpt.ops.linear.api import linear_of_few_rows
+from fastgpt.ops.few_rows import api as few_rows
+from fastgpt.ops.few_rows import spec
 from fastgpt.ops.norm.api import layer_norm, rms_norm
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
-        out = linear_of_few_rows(x, self.weight, self.bias)
+        out = few_rows.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias) if out is None else out
 
 
@@ -50,6 +52,11 @@ class Norm(nn.Module):
         return self.norm(  # type: ignore[return-value]  # a pair with prenorm
             x, self.weight, self.bias, self.eps, residual=residual, prenorm=True, backend=backend
         )
+
+    def of_few_rows(self) -> spec.Norm | None:
+        if not is_itself(self, Norm):
+            return None
+        return spec.Norm(self.norm is rms_norm, self.eps, self.weight, self.bias)
 
 
 def residual_dropout(config: GPTConfig) -> nn.Module:
@@ -74,6 +81,20 @@ def rope_table(config: GPTConfig) -> Tensor:
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
 
 
+class Rope(NamedTuple):
+    """Some rows of a :func:`rope_table`, as heads are multiplied by them: (batch, seqlen, 1, headdim)."""
+
+    cos: Tensor
+    signed_sin: Tensor
+    rotary: spec.Rotary  # the second halves, where the sine has its own sign
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Rope:
+        cos, sin = rows.unbind(2)
+        second = slice(rows.shape[-1] // 2, None)
+        return cls(cos.unsqueeze(2), sin.unsqueeze(2), spec.Rotary(cos[..., second], sin[..., second]))
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -84,13 +105,17 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, heads * self.headdim, config.attention_bias)
         self.out = Linear(self.nheads * self.headdim, config.hidden_size, config.attention_bias)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, backend: str | None
-    ) -> Tensor:
+    def of_few_rows(self, norm: spec.Norm | None) -> spec.Attention | None:
+        qkv, out = projection_of(self.qkv, Linear), projection_of(self.out, Linear)
+        if norm is None or qkv is None or out is None or (self.training and self.dropout):
+            return None
+        return spec.Attention((qkv,), out, self.headdim**-0.5, norm=norm)
+
+    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None, backend: str | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.headdim))
         qk, v = qkv.split((self.nheads + self.nheads_k, self.nheads_k), dim=2)
         if rope is not None:
-            cos, sin = rope
+            cos, sin = rope.cos, rope.signed_sin
             qk = torch.addcmul(qk * cos, qk.roll(self.headdim // 2, -1), sin)
             qk = qk.to(v.dtype)  # under autocast the table is wider than the projection's output
         q, k = qk.split((self.nheads, self.nheads_k), dim=2)
@@ -110,6 +135,12 @@ class MLP(nn.Module):
         self.width = config.intermediate_size
         self.up = Linear(config.hidden_size, (1 + self.gated) * self.width, config.mlp_bias)
         self.down = Linear(self.width, config.hidden_size, config.mlp_bias)
+
+    def of_few_rows(self, norm: spec.Norm | None) -> spec.Mlp | None:
+        up, down = projection_of(self.up, Linear), projection_of(self.down, Linear)
+        if norm is None or up is None or down is None:
+            return None
+        return spec.Mlp((up,), down, self.gated, "silu" if self.gated else "gelu_tanh", norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -134,14 +165,32 @@ class Block(nn.Module):
         self,
         x: Tensor,
         residual: Tensor | None,
-        rope: tuple[Tensor, Tensor] | None,
+        rope: Rope | None,
         cache: KVCache | None,
         backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
+        if cache is not None and few_rows.are_few(x) and not torch.compiler.is_compiling():
+            z = x if residual is None else x + residual
+            if (out := self._of_few_rows(z, rope, cache, backend)) is not None:
+                return out, None
         x, residual = self.attention_norm(x, residual, backend)
         x = self.dropout(self.attention(x, rope, cache, backend))
         x, residual = self.mlp_norm(x, residual, backend)
         return self.dropout(self.mlp(x)), residual
+
+    def _of_few_rows(
+        self, x: Tensor, rope: Rope | None, cache: KVCache, backend: str | None
+    ) -> Tensor | None:
+        """The whole block in one go, and its input added; None where that cannot be."""
+        attention, mlp = self.attention, self.mlp
+        if not (is_itself(attention, Attention) and is_itself(mlp, MLP)) or all_are_hooked():
+            return None
+        first = attention.of_few_rows(self.attention_norm.of_few_rows())
+        second = mlp.of_few_rows(self.mlp_norm.of_few_rows())
+        if first is None or second is None:
+            return None
+        past = spec.Cache(cache.k[attention.layer], cache.v[attention.layer], cache.seqlens)
+        return few_rows.block(x, first, None if rope is None else rope.rotary, past, second, backend)
 
 
 class GPT(nn.Module):
@@ -278,8 +327,7 @@ class GPT(nn.Module):
         x, residual = self.dropout(self.embed(input_ids, positions)), None
         rope = None
         if self.rope is not None:
-            cos, sin = self.rope[positions].unsqueeze(2).unbind(3)
-            rope = cos, sin
+            rope = Rope.of(self.rope[positions])
         for block in self.blocks:
             x, residual = block(x, residual, rope, cache, backend)
         if cache is not None:

@@ -177,17 +177,67 @@ struct MergeBackwardParams {
   int num_threads;
 };
 
-// out = x weight^T + bias, or x weight + bias: a few rows, each matrix in the same type.
+// A matrix that rows are multiplied by: (out_features, in_features), or transposed; and (out_features), or
+// null.
+struct Projection {
+  const void *weight = nullptr, *bias = nullptr;
+  int64_t out_features = 0;
+};
+constexpr int kMostProjections = 3;
+
+// out = x weight^T + bias, or x weight + bias where the weights are transposed, for a few rows and each of
+// the projections, whose results lie side by side in a row of out. All in the same type.
 struct LinearParams {
   DType dtype;
-  int64_t rows, in_features, out_features;
+  int64_t rows, in_features;
   const void* x;
   int64_t x_stride;
-  const void* weight;
-  bool transposed;   // (in_features, out_features)
-  const void* bias;  // (out_features), or null
-  void* out;         // (rows, out_features), contiguous
+  Projection projections[kMostProjections];
+  int count;        // of projections
+  bool transposed;  // weights (in_features, out_features)
+  void* out;        // (rows, the sum of out_features), contiguous
   int num_threads;
+
+  int64_t out_stride() const {
+    int64_t sum = 0;
+    for (int i = 0; i < count; i++) sum += projections[i].out_features;
+    return sum;
+  }
+};
+
+enum class Activation : int { silu = 0, gelu_tanh = 1 };
+
+// Half a block of a transformer: a function of x that begins with the projections; or, with a norm, x + that
+// function of norm(x). out is (rows, the last projection's out_features).
+struct HalfBlockParams : LinearParams {
+  const void *norm_weight = nullptr, *norm_bias = nullptr;  // (in_features), of the same type, or null
+  float norm_eps = 0.0f;
+  bool rms_norm = false, has_norm = false;
+};
+
+// down(activation(up(x))), or, gated, down(activation(gate(x)) up(x)): the projections are up, or gate and
+// up, as two or as one.
+struct MlpParams : HalfBlockParams {
+  Projection down;
+  bool gated;
+  Activation activation;
+};
+
+// The attention of a transformer's block, for a few new tokens: projections to q, k and v (three or one),
+// norms of each head of q and k, rotary embedding, append to the caches, attention over them, the output's
+// projection. `attention` is given without q, k_new, v_new, out, lse and lengths, which are the kernel's own.
+struct AttentionBlockParams : HalfBlockParams {
+  DecodeParams attention;
+  const int32_t* cache_seqlens = nullptr;  // (batch): tokens in the caches; null: `past` of each sequence
+  int64_t past = 0;
+  Projection to_out;
+  // RMS norms of the heads of q and of k: weights (headdim), of the same type, or null.
+  const void *q_norm = nullptr, *k_norm = nullptr;
+  float q_eps = 0.0f, k_eps = 0.0f;
+  // Cosines and sines (batch, seqlen_q, >= headdim / 2), of the same type, or null: those of the second half
+  // of a head lie `second` behind those of the first.
+  const void *cos = nullptr, *sin = nullptr;
+  int64_t cos_strides[2] = {}, sin_strides[2] = {}, second = 0;
 };
 
 // Every kernel of one instruction set.
@@ -200,10 +250,14 @@ struct Kernels {
   void (*merge_forward)(const MergeParams&);
   void (*merge_backward)(const MergeBackwardParams&);
   void (*linear)(const LinearParams&);
+  void (*mlp)(const MlpParams&);
+  void (*attention_block)(const AttentionBlockParams&);
 };
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for the next call unless it is large; its
 // content is undefined. Throws std::bad_alloc. A second call may return the same memory.
 float* scratch(int64_t floats);
+// The same for a kernel that calls others, who have the former.
+float* outer_scratch(int64_t floats);
 
 }  // namespace fastgpt

@@ -19,18 +19,36 @@ enum class Element { f32, bf16, f16, boolean, int8, e4m3 };
 inline const char* const kElementNames[] = {"float32", "bfloat16", "float16",
                                             "bool",    "int8",     "float8_e4m3fn"};
 inline PyObject* element_objects[std::size(kElementNames)];
+inline PyObject *tensor_type, *parameter_type, *strided;
 
 // Before the first tensor is passed.
 inline void find_elements() {
   py::module_ torch = py::module_::import("torch");
   for (size_t i = 0; i < std::size(kElementNames); i++)
     element_objects[i] = py::object(torch.attr(kElementNames[i])).release().ptr();
+  tensor_type = py::object(torch.attr("Tensor")).release().ptr();
+  parameter_type = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
+  strided = py::object(torch.attr("strided")).release().ptr();
 }
 
 // What a call of the Python API returned, given up when the scope ends.
 inline py::object checked(PyObject* result) {
   if (!result) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
+}
+
+// Whether a tensor's memory, sizes and strides are all there is to it: no subclass, of the CPU, dense, not
+// negated when it is read.
+inline bool is_plain(py::handle t) {
+  static PyObject* const names[] = {
+      PyUnicode_InternFromString("is_cpu"), PyUnicode_InternFromString("is_nested"),
+      PyUnicode_InternFromString("layout"), PyUnicode_InternFromString("is_neg")};
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t.ptr()));
+  if (type != tensor_type && type != parameter_type) return false;
+  return checked(PyObject_GetAttr(t.ptr(), names[0])).ptr() == Py_True &&
+         checked(PyObject_GetAttr(t.ptr(), names[1])).ptr() == Py_False &&
+         checked(PyObject_GetAttr(t.ptr(), names[2])).ptr() == strided &&
+         checked(PyObject_CallMethodNoArgs(t.ptr(), names[3])).ptr() == Py_False;
 }
 
 // A tensor of which the rest is known: its memory, null for None and where it has no elements.
@@ -49,6 +67,11 @@ struct Data {
     if (found == std::end(element_objects))
       throw py::type_error("no kernel reads " + std::string(py::str(dtype)));
     return static_cast<Element>(found - std::begin(element_objects));
+  }
+  bool is(DType type) const {
+    if (!object) return false;
+    py::object dtype = checked(PyObject_GetAttrString(object.ptr(), "dtype"));
+    return dtype.ptr() == element_objects[static_cast<int>(type)];
   }
   DType dtype() const {
     Element found = element();

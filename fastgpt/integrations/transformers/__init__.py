@@ -6,9 +6,9 @@
 
 The attention goes through the interface that transformers has for it: a name in its registries of
 attention and mask functions (``attention.py``; ``batching.py`` for generate_batch), which the model's config
-then asks for. Norms and linear layers get a ``forward`` of their own on the instance (``norms.py``,
-``linear.py``). A DynamicCache that the model is given gets layers that append in place (``cache.py``).
-Nothing else changes: no class, no weight, no module, no global but those names.
+then asks for. Norms, linear layers and blocks get a ``forward`` of their own on the instance (``norms.py``,
+``linear.py``, ``block.py``). A DynamicCache that the model is given gets layers that append in place
+(``cache.py``). Nothing else changes: no class, no weight, no module, no global but those names.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fastgpt import dispatch
+from fastgpt.integrations.transformers import block, probe
 from fastgpt.integrations.transformers.attention import (
     NAME,
     Implementations,
@@ -140,9 +141,11 @@ def patch(
             on, where transformers copies all of it at every token, unless gradients are enabled. (By the name
             ``cache`` or ``past_key_values`` to the model itself; with up to half of its size as room.)
         linear: layers that multiply up to 8 rows on a CPU (6 in bfloat16), without gradients, do so at the
-            speed of memory; generate() of a few sequences spends most of its time there.
+            speed of memory; generate() of a few sequences spends most of its time there. There, too, MLPs
+            are one call, and so are attentions, if attention and cache are swapped, and blocks, if norms
+            are. In bfloat16 and float16, what such a call computes between products is rounded less often.
         backend: of what is swapped; default ``FASTGPT_BACKEND``, else ``auto``. (That of linear layers is
-            what the variable says now; of attention and norms, at each call.)
+            what the variable says now; of all else, at each call.)
 
     Returns:
         model itself.
@@ -184,6 +187,7 @@ def patch(
             for module in linears:
                 _set_forward(record, module, linear_forward, is_transposed(module), asked)
             said.append(f"{len(linears)} linear layers where rows are few")
+            said += _patch_blocks(model, record, attention and cache)
         if cache:
             record.hooks.append(model.register_forward_pre_hook(_append_in_place, with_kwargs=True))
             said.append("a cache that appends in place")
@@ -237,10 +241,37 @@ def _patch_norms(model: PreTrainedModel, record: Patch) -> list[str]:
             left.add(type(module).__name__)
     patched = {id(module) for module, _ in record.forwards}
     blocks = [m for m in model.modules() if is_gpt2_block(m) and id(m.ln_2) in patched]
-    for block in blocks:
-        _set_forward(record, block, gpt2_block_forward)
+    for gpt2_block in blocks:
+        _set_forward(record, gpt2_block, gpt2_block_forward)
     said = f"{norms} norms" + (f" ({len(blocks)} of them with the residual's addition)" if blocks else "")
     return [said, f"left as they are: {', '.join(sorted(left))}"] if left else [said]
+
+
+def _patch_blocks(model: PreTrainedModel, record: Patch, attention: bool) -> list[str]:
+    """What is one call where rows are few: attentions and MLPs, and blocks whose norms are patched."""
+    attentions: dict[nn.Module, probe.Attention] = {}
+    mlps: dict[nn.Module, probe.Mlp] = {}
+    for module in model.modules():
+        if (mlp := probe.mlp_of(module)) is not None:
+            mlps[module] = mlp
+        elif attention and (found := probe.attention_of(module)) is not None:
+            attentions[module] = found
+    for module, mlp in mlps.items():
+        _set_forward(record, module, block.mlp_forward, mlp, record.backend)
+    for module, found in attentions.items():
+        _set_forward(record, module, block.attention_forward, found, record.backend)
+    patched = {id(module) for module, _ in record.forwards}
+    blocks = 0
+    for module in model.modules():
+        whole = probe.block_of(module, attentions, mlps)
+        if whole is not None and all(id(module._modules[name]) in patched for name in whole.names):
+            _set_forward(record, module, block.block_forward, whole, record.backend)
+            blocks += 1
+    if blocks == len(attentions) == len(mlps):
+        attentions, mlps = {}, {}
+    counts = [(blocks, "blocks"), (len(attentions), "attentions"), (len(mlps), "MLPs")]
+    said = " and ".join(f"{count} {name}" for count, name in counts if count)
+    return [f"there {said} as one call each"] if said else []
 
 
 def unpatch(model: Model) -> Model:
@@ -256,7 +287,7 @@ def unpatch(model: Model) -> Model:
     if record is None:
         raise ValueError(f"model: got a {type(model).__name__} that is not patched, expected one that is")
     restore(record.implementations)
-    for module, forward in record.forwards:
+    for module, forward in reversed(record.forwards):  # a module may be in it twice
         slot = _slot(module)
         if forward is None and slot == "forward":
             del module.forward

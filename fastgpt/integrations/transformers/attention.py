@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "fastgpt"
+PROBE = "fastgpt_probe"  # an attention that keeps what it is given: block.py
 RANGES = torch.uint32  # the dtype of masks that are ranges of keys: nobody else's masks have it
 # What some architectures pass to an attention function and this one does not compute: T5's bias, the keys
 # that DeepSeek-V3.2 and MiniMax-M3 choose, Inkling's logit for each query. And where continuous batching
@@ -277,7 +278,17 @@ def register(backend: str | None = None) -> str:
     name = NAME if backend is None else f"{NAME}_{backend}"
     AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
     AttentionMaskInterface.register(name, attention_mask)
+    AttentionInterface.register(PROBE, record)
     return name
+
+
+def record(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """An attention function that keeps what it is given, and returns what it is told to."""
+    recorder = module._fastgpt_recorder
+    recorder.attended = query, key, value, kwargs
+    return recorder.out, None
 
 
 Implementations = list[tuple[Any, str | None]]

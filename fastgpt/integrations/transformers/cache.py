@@ -26,7 +26,7 @@ class Room:
     """A tensor (batch, capacity, nheads_k, headdim) that a layer's keys, or its values, are a view of."""
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0, 0, 0, 0)
+        self.buffer = self.rows = torch.empty(0, 0, 0, 0)  # rows: (batch, nheads_k, capacity, headdim)
         self.used = 0  # rows, which somebody may hold, even if they have been cropped since
 
     def append(self, past: Tensor, new: Tensor) -> Tensor:
@@ -38,15 +38,31 @@ class Room:
             return torch.cat((past, new), -2)  # which promotes or refuses them
         if length and past.shape != (batch, nheads_k, length, headdim):
             return torch.cat((past, new), -2)
-        total = length + count
-        start = self._start(past) if length else None
-        if start is None or start + length != self.used or start + total > self.buffer.shape[1]:
-            rows, start = self._fresh(new, batch, total), 0
-            if length:
-                rows[:, :, :length] = past
-        self.used = start + total
-        self.buffer[:, self.used - count : self.used] = new.transpose(1, 2)
-        return self.buffer[:, start : self.used].transpose(1, 2)
+        if length:
+            self.reserve(past, count)
+        else:
+            self._fresh(new, batch, count)
+            self.used = 0
+        self.buffer[:, self.used : self.used + count] = new.transpose(1, 2)
+        return self.extend(length, count)
+
+    def reserve(self, past: Tensor, count: int) -> bool:
+        """Makes room for ``count`` rows behind those of past; whether that has copied them."""
+        length, start = past.shape[2], self._start(past)
+        if start is not None and start + length == self.used and self.used + count <= self.buffer.shape[1]:
+            return False
+        self._fresh(past, past.shape[0], length + count)[:, :, :length] = past
+        self.used = length
+        return True
+
+    def extend(self, length: int, count: int) -> Tensor:
+        """(batch, nheads_k, length + count, headdim): the last rows, and those written behind them."""
+        self.used += count
+        return self.rows.narrow(2, self.used - length - count, length + count)
+
+    def last(self, length: int) -> Tensor:
+        """(batch, length and the room behind it, nheads_k, headdim): the last rows."""
+        return self.buffer if self.used == length else self.buffer[:, self.used - length :]
 
     def select(self, past: Tensor, index: Tensor) -> Tensor:
         """``past.index_select(0, index)``, with room behind it."""
@@ -57,7 +73,8 @@ class Room:
         """(batch, nheads_k, length, headdim), of a new buffer."""
         capacity = length + max(length // 2, LEAST_ROOM)
         self.buffer, self.used = like.new_empty(batch, capacity, like.shape[1], like.shape[3]), length
-        return self.buffer[:, :length].transpose(1, 2)
+        self.rows = self.buffer.transpose(1, 2)
+        return self.rows[:, :, :length]
 
     def _start(self, past: Tensor) -> int | None:
         """The row of the buffer that past begins at; None if past is not its rows, or they are read-only."""
@@ -102,6 +119,27 @@ class InPlace:
         values = self.room[1].append(self.values, value_states)
         self.hold(keys, values, key_states.shape[2])
         return keys, values
+
+    def reserve(self: Any, count: int) -> tuple[Tensor, Tensor, int] | None:
+        """For who writes ``count`` new keys and values by himself, and then calls :meth:`extend`: the rows
+        (batch, capacity, nheads_k, headdim) of both, and how many of them are held. None where :meth:`update`
+        has to do it.
+        """
+        if not self.is_initialized or _traced() or getattr(self, "record_past", False):
+            return None
+        (for_keys, for_values), keys, values = self.room, self.keys, self.values
+        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or not keys.shape[2]:
+            return None
+        length = keys.shape[2]
+        if for_keys.reserve(keys, count):
+            self.keys = for_keys.extend(length, 0)
+        if for_values.reserve(values, count):
+            self.values = for_values.extend(length, 0)
+        return for_keys.last(length), for_values.last(length), length
+
+    def extend(self: Any, count: int) -> None:
+        length = self.keys.shape[2]
+        self.hold(self.room[0].extend(length, count), self.room[1].extend(length, count), count)
 
     def hold(self, keys: Tensor, values: Tensor, count: int) -> None:
         """Keeps what the next call needs of all keys, ``count`` of which are new."""

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastgpt.ops.linear.api import linear_of_few_rows, serves_few_rows
+from fastgpt.ops.few_rows import api as few_rows
 
 
 def is_linear(module: nn.Module, backend: str) -> bool:
     """Whether :func:`linear_forward` can be faster than the module's own ``forward``."""
     if type(module) is not nn.Linear and not is_transposed(module):
         return False
-    return serves_few_rows(module.weight, backend)  # type: ignore[arg-type]
+    return few_rows.served(backend) and few_rows.serves_weight(module.weight)  # type: ignore[arg-type]
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -38,5 +38,5 @@ def linear_forward(
     # Pruning, parametrisation and offloading put something else in a parameter's place.
     if weight is None or "bias" not in parameters or named or len(args) != 1:
         return original(*args, **named)
-    out = linear_of_few_rows(args[0], weight, parameters["bias"], transposed, backend)
+    out = few_rows.linear(args[0], weight, parameters["bias"], transposed, backend)
     return original(*args) if out is None else out

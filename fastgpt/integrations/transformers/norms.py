@@ -26,7 +26,7 @@ GPT2_BLOCK = [
 class Norm(NamedTuple):
     """What a module computes, in fastgpt's terms."""
 
-    fused: Callable[..., Any]
+    rms: bool  # else a layer norm
     eps: float
     one_more: bool  # the weight is 1 more than the parameter (Gemma)
 
@@ -45,10 +45,10 @@ def norm_forward(
         return original(*args, **named)
     (x,) = args
     weight: Any = module.weight
-    bias: Any = module.bias if norm.fused is layer_norm else None
+    bias: Any = None if norm.rms else module.bias
     # Mixed precision has rules of its own about the output's dtype.
     own = x.dtype != weight.dtype or torch.is_autocast_enabled(device_type(x))
-    few = norm.fused is layer_norm and x.is_cpu and x.numel() <= FEW
+    few = not norm.rms and x.is_cpu and x.numel() <= FEW
     if own or (few and dispatch.requested(backend) == "auto"):
         if residual is None:
             return original(x)
@@ -58,7 +58,7 @@ def norm_forward(
         weight = 1.0 + weight.float()
     # Vision towers normalise what a convolution made, channels first.
     x, residual = unit_rows(x), unit_rows(residual)
-    return norm.fused(
+    return (rms_norm if norm.rms else layer_norm)(
         x, weight, bias, norm.eps, residual=residual, prenorm=residual is not None, backend=backend
     )
 
@@ -70,7 +70,7 @@ def norm_of(module: nn.Module) -> Norm | None:
     weight: Any = getattr(module, "weight", None)
     if type(module) is nn.LayerNorm:
         known = len(module.normalized_shape) == 1 and weight is not None
-        return Norm(layer_norm, module.eps, False) if known else None
+        return Norm(False, module.eps, False) if known else None
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     is_rms = "RMSNorm" in type(module).__name__ and isinstance(eps, float) and not list(module.children())
     if not is_rms or [name for name, _ in module.named_parameters()] != ["weight"] or weight.dim() != 1:
@@ -91,7 +91,7 @@ def norm_of(module: nn.Module) -> Norm | None:
     for one_more in (False, True):
         got = nn.functional.rms_norm(x, weight.shape, own + float(one_more), eps)
         if torch.allclose(expected, got, rtol=tolerance, atol=tolerance * eps**0.5):
-            return Norm(rms_norm, eps, one_more)
+            return Norm(True, eps, one_more)
     return None
 
 
