@@ -15,6 +15,7 @@ from fastgpt.gpt import sampling
 from fastgpt.gpt.config import RopeScaling
 from fastgpt.gpt.model import Linear
 from fastgpt.gpt.weights import weights_from_hf
+from fastgpt.ops.few_rows import api as few_rows
 
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 64}
 LLAMA = {
@@ -175,6 +176,36 @@ def test_cached_steps_give_the_logits_of_one_pass(hf, ids):
     steps = [model(part, cache=cache) for part in ids.split([9, 1, 4, *[1] * 9], dim=1)]
     assert cache.seqlens.tolist() == [23, 23]
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama3-biases"])
+def test_a_block_is_one_call_where_rows_are_few(name, ids, monkeypatch):
+    counts, own = [], few_rows.block
+    monkeypatch.setattr(few_rows, "block", lambda *args: counts.append(out := own(*args)) or out)
+    model = GPT.from_hf(random_model(name))
+
+    def steps(**options):
+        counts.clear()
+        cache = model.new_cache(2, 23)
+        return torch.cat([model(p, cache=cache, **options) for p in ids.split([9, 1, 4, *[1] * 9], 1)], 1)
+
+    def served():
+        return sum(out is not None for out in counts)
+
+    logits, blocks = steps(), len(model.blocks)
+    assert served() == blocks * 11
+    torch.testing.assert_close(steps(backend="torch"), logits, rtol=1e-3, atol=1e-3)
+    assert not served()
+    seen = []
+    parts = (model.blocks[0].mlp, model.blocks[1].attention.out, model.blocks[2].mlp_norm)
+    for calls, part in enumerate(parts, 1):
+        part.register_forward_hook(lambda *args: seen.append(args))
+        torch.testing.assert_close(steps(), logits, rtol=1e-3, atol=1e-3)
+        assert served() == (blocks - calls) * 11 and len(seen) == calls * 12
+        seen.clear()
+    model.train()
+    torch.testing.assert_close(steps(), logits, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

@@ -1,0 +1,329 @@
+"""Blocks, attentions and MLPs of patched transformers models as one call each, where rows are few."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from backends import assert_parity
+from test_transformers import ARCHITECTURES, LAYERS, any_model, random_model, served
+from torch import nn
+from torch.nn.utils import prune
+from transformers.models.llama import modeling_llama
+
+import fastgpt
+from fastgpt.integrations.transformers import probe
+from fastgpt.ops.few_rows import api as few_rows
+
+__all__ = ["any_model", "served"]  # fixtures
+
+# What is one call in each architecture.
+AS_ONE = {
+    **dict.fromkeys(ARCHITECTURES, ("block",)),
+    "gemma2": ("attention", "mlp"),
+    "gemma3": ("mlp",),
+    "olmo2": ("mlp",),
+    "gpt_neox": (),
+    "gpt_oss": (),
+}
+PROMPT, STEPS = 11, (1, 1, 2, 1, 3)  # tokens: two sequences, at most as many rows as bf16 has kernels for
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 101, (2, PROMPT + sum(STEPS)))
+
+
+def as_one(served):
+    """How many calls for few rows were served, beside single products."""
+    return {name: count for name, count in served.items() if count and name != "linear"}
+
+
+def cached(model, ids, mask, **options):
+    """The logits of what follows on the prompt, and the cache."""
+    cache = transformers.DynamicCache(config=model.config)
+    positions, end, logits = (mask.cumsum(1) - 1).clamp(min=0), 0, []
+    for count in (PROMPT, *STEPS):
+        part, end = slice(end, end + count), end + count
+        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, part], "cache": cache}
+        logits.append(model(ids[:, part], **given, **options).logits)
+    return torch.cat(logits[1:], 1), cache
+
+
+def alone(model, ids, mask):
+    """The same, sequence by sequence, without padding or a cache."""
+    rows = [
+        model(row[kept.bool()][None]).logits[:, -sum(STEPS) :] for row, kept in zip(ids, mask, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_steps_of_every_architecture(any_model, ids, served, padding, dtype):
+    name = next(
+        name for name, (config, *_) in ARCHITECTURES.items() if isinstance(any_model.config, type(config))
+    )
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    any_model.to(dtype)
+    expected, other = alone(copy.deepcopy(any_model).double(), ids, mask), alone(any_model, ids, mask)
+    logits, cache = cached(fastgpt.patch(any_model), ids, mask)
+    assert_parity("logits", logits, other, expected)
+    assert as_one(served) == {part: LAYERS * len(STEPS) for part in AS_ONE[name]}
+    assert cache.get_seq_length() == ids.shape[1]
+    window = getattr(any_model.config, "sliding_window", None)
+    held = [layer.keys.shape[2] for layer in cache.layers]
+    assert all(n == ids.shape[1] or n == window - 1 for n in held)
+
+
+@torch.no_grad()
+def test_what_is_in_the_cache_is_what_the_steps_put_there(ids, served):
+    model, mask = random_model("llama"), torch.ones_like(ids)
+    _, expected = cached(model, ids, mask)
+    _, cache = cached(fastgpt.patch(model), ids, mask)
+    assert served["block"] == LAYERS * len(STEPS)
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
+
+
+def hook(module, args, out):
+    return None if isinstance(out, tuple) else out * 1.5
+
+
+def another_forward(module):
+    own = module.forward
+    module.forward = lambda *args, **named: own(*args, **named) * 1.5
+
+
+class Louder(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1.5
+
+
+def of_another_class(parent, name):
+    own = getattr(parent, name)
+    other = Louder(own.in_features, own.out_features, own.bias is not None)
+    other.load_state_dict(own.state_dict())
+    setattr(parent, name, other)
+
+
+# What a user may do to a model, and what of it is one call still: for the layer that it is done to, and the
+# others.
+CHANGES = {
+    "a hook on a norm": (lambda m: m.input_layernorm.register_forward_hook(hook), "attention mlp"),
+    "a hook on attention": (lambda m: m.self_attn.register_forward_hook(hook), "attention mlp"),
+    "a hook before an MLP": (lambda m: m.mlp.register_forward_pre_hook(lambda *a: None), "attention mlp"),
+    "a hook on an activation": (lambda m: m.mlp.act_fn.register_forward_hook(hook), "attention"),
+    "a hook on a projection": (lambda m: m.self_attn.k_proj.register_forward_hook(hook), "mlp"),
+    "another forward of a projection": (lambda m: another_forward(m.self_attn.o_proj), "mlp"),
+    "another forward of a norm": (lambda m: another_forward(m.post_attention_layernorm), "attention mlp"),
+    "another forward of an MLP": (lambda m: another_forward(m.mlp), "attention mlp"),
+    "a projection of another class": (lambda m: of_another_class(m.mlp, "down_proj"), "attention"),
+    "a pruned projection": (lambda m: prune.random_unstructured(m.self_attn.q_proj, "weight", 0.5), "mlp"),
+    "another scale": (lambda m: setattr(m.self_attn, "scaling", 0.5), "mlp"),
+    "an attention in training": (lambda m: m.self_attn.train(), "mlp"),
+    "another activation": (lambda m: setattr(m.mlp, "act_fn", nn.ReLU()), "attention"),
+    "a weight of stride 2": (
+        lambda m: setattr(m.mlp.up_proj.weight, "data", m.mlp.up_proj.weight.data.t().contiguous().t()),
+        "attention",
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_to_a_part_afterwards(ids, served, change):
+    """Each on the first layer of a patched model, as on one that is not."""
+    model, mask = random_model("llama"), torch.ones_like(ids)
+    patched = fastgpt.patch(copy.deepcopy(model))
+    for each in (model, patched):
+        torch.manual_seed(1)  # of pruning
+        CHANGES[change][0](each.model.layers[0])
+    expected, _ = cached(model, ids, mask)
+    served.clear()
+    logits, cache = cached(patched, ids, mask)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    steps = len(STEPS)
+    of_first = dict.fromkeys(CHANGES[change][1].split(), steps)
+    assert as_one(served) == {"block": (LAYERS - 1) * steps, **of_first}
+    assert [layer.keys.shape[2] for layer in cache.layers] == [ids.shape[1]] * LAYERS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "how", ["hooks of all", "gradients", "profiler", "autocast", "dense mask", "output_hidden_states"]
+)
+def test_what_calls_are_served(ids, served, how):
+    model, mask = random_model("llama"), torch.ones_like(ids)
+    expected, _ = cached(model, ids, mask)
+    fastgpt.patch(model)
+    seen = []
+    if how == "hooks of all":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *rest: seen.append(type(module))
+        )
+        logits, _ = cached(model, ids, mask)
+        handle.remove()
+        assert seen.count(modeling_llama.LlamaMLP) == LAYERS * (1 + len(STEPS))
+    elif how == "gradients":
+        with torch.enable_grad():
+            logits, _ = cached(model, ids, mask)
+        assert logits.requires_grad
+    elif how == "profiler":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            logits, _ = cached(model, ids, mask)
+        seen = [event for event in profile.events() if event.name == "fastgpt::attention_fwd"]
+        assert len(seen) == LAYERS * (1 + len(STEPS))
+    elif how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _ = cached(model, ids, mask)
+        assert not as_one(served)
+        return
+    elif how == "dense mask":
+        cache, end, parts = transformers.DynamicCache(config=model.config), 0, []
+        for count in (PROMPT, *STEPS):
+            end += count
+            visible = torch.ones(end, end, dtype=torch.bool).tril()[None, None, end - count :]
+            part = ids[:, end - count : end]
+            parts.append(model(part, attention_mask=visible.expand(2, -1, -1, -1), cache=cache).logits)
+        logits = torch.cat(parts[1:], 1)
+        assert as_one(served) == {"mlp": LAYERS * len(STEPS)}
+        served.clear()
+    else:
+        logits, cache = cached(model, ids[:, :-1], mask[:, :-1]), None
+        out = model(
+            ids[:, :1], output_hidden_states=True, cache=transformers.DynamicCache(config=model.config)
+        )
+        cache = out.cache
+        hidden = model(ids[:, 1:2], output_hidden_states=True, cache=cache).hidden_states
+        assert len(hidden) == 1 + LAYERS and served["block"] > 0
+        return
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert not as_one(served)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_of_patched_models(ids, served):
+    for name in ("llama", "gpt2"):
+        model, mask = random_model(name), torch.ones_like(ids)
+        expected, _ = cached(model, ids, mask)
+        fastgpt.patch(model)
+        for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            served.clear()
+            torch.testing.assert_close(cached(other, ids, mask)[0], expected, rtol=1e-3, atol=1e-3)
+            assert as_one(served) == {"block": LAYERS * len(STEPS)}
+            fastgpt.unpatch(other)
+            served.clear()
+            assert torch.equal(cached(other, ids, mask)[0], expected) and not as_one(served)
+
+
+@torch.no_grad()
+def test_a_refused_call_leaves_the_cache_as_it_was(ids, monkeypatch):
+    model, mask = random_model("llama"), torch.ones_like(ids)
+    expected, _ = cached(model, ids, mask)
+    fastgpt.patch(model)
+    for name in ("block", "attention", "mlp"):
+        monkeypatch.setattr(few_rows, name, lambda *args: None)
+    logits, cache = cached(model, ids, mask)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert all(room.used == ids.shape[1] for layer in cache.layers for room in layer.room)
+
+
+@torch.no_grad()
+def test_a_cache_that_branches(ids, served):
+    """After a crop, and from a copy of which the other goes on, too: rows that somebody may hold stay."""
+    model, mask = fastgpt.patch(random_model("llama")), torch.ones_like(ids)
+    logits, cache = cached(model, ids, mask)
+    kept = [layer.keys for layer in cache.layers], [layer.keys.clone() for layer in cache.layers]
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    first = model(ids[:, :1], cache=cache).logits
+    torch.testing.assert_close(model(ids[:, :1], cache=branch).logits, first)
+    cache.crop(-2)
+    again = model(ids[:, -1:], cache=cache).logits
+    torch.testing.assert_close(again, logits[:, -1:], rtol=1e-3, atol=1e-3)
+    assert served["block"] == LAYERS * (len(STEPS) + 3)
+    assert all(map(torch.equal, *kept))
+
+
+# What the probe knows
+
+
+class ScaledAttention(modeling_llama.LlamaAttention):
+    def forward(self, hidden_states, **named):
+        out, weights = super().forward(hidden_states * 0.9, **named)
+        return out, weights
+
+
+class ScaledMlp(modeling_llama.LlamaMLP):
+    def forward(self, x):
+        return 0.9 * super().forward(x)
+
+
+class Clipped(modeling_llama.LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.3) * self.up_proj(x))
+
+
+class ParallelLayer(modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, **named):
+        x = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=x, **named)
+        return hidden_states + attended + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def parts_of(layer):
+    attention, mlp = probe.attention_of(layer.self_attn), probe.mlp_of(layer.mlp)
+    known = ({layer.self_attn: attention} if attention else {}), ({layer.mlp: mlp} if mlp else {})
+    return attention, mlp, probe.block_of(layer, *known)
+
+
+def test_what_the_probe_takes_for_what_it_is():
+    model = fastgpt.patch(random_model("llama"))
+    layer = model.model.layers[1]
+    assert all(parts_of(layer))
+    for part, kind, lost in (
+        (layer.self_attn, ScaledAttention, {0, 2}),
+        (layer.mlp, ScaledMlp, {1, 2}),
+        (layer.mlp, Clipped, {1, 2}),
+        (layer, ParallelLayer, {2}),
+    ):
+        own, part.__class__ = type(part), kind
+        assert {i for i, found in enumerate(parts_of(layer)) if found is None} == lost
+        part.__class__ = own
+    layer.extra = nn.Linear(3, 3)
+    assert parts_of(layer)[2] is None
+
+
+def test_factors_that_a_config_has():
+    """Granite's, which are 1 unless it says otherwise: its attention's scale is any."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 80}
+    for options, whole in (
+        ({}, True),
+        ({"attention_multiplier": 0.3}, True),
+        ({"residual_multiplier": 0.2}, False),
+    ):
+        model = transformers.GraniteForCausalLM(
+            transformers.GraniteConfig(vocab_size=101, **shape, **options)
+        )
+        fastgpt.patch(model.eval())
+        attention, mlp, block = parts_of(model.model.layers[0])
+        assert attention is not None and mlp is not None and (block is not None) == whole
+        assert attention.scaling == options.get("attention_multiplier", 1.0)
+
+
+def test_the_probe_leaves_no_trace(ids):
+    model = random_model("llama")
+    fastgpt.patch(model)
+    layer = model.model.layers[0]
+    before = {name: dict(vars(module)) for name, module in layer.named_modules()}, torch.get_rng_state()
+    config = dict(vars(model.config))
+    parts_of(layer)
+    assert torch.equal(before[1], torch.get_rng_state()) and dict(vars(model.config)) == config
+    assert before[0] == {name: dict(vars(module)) for name, module in layer.named_modules()}
