@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -209,12 +209,19 @@ def all_are_hooked() -> bool:
     return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
-def is_itself(module: Any, kind: type[nn.Module], forward: Callable[..., Any] | None = None) -> bool:
+def is_itself(
+    module: Any,
+    kind: type[nn.Module],
+    forward: Callable[..., Any] | None = None,
+    inert: Callable[[Iterable[Any]], bool] | None = None,
+) -> bool:
     """Whether a module is of that class, with nothing before or behind its forward, which is its class's, or
-    a partial of the one that is given.
+    a partial of the one that is given. ``inert`` says whether hooks behind it do nothing.
     """
     own = module.__dict__ if type(module) is kind else None
-    if own is None or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if own is None or own["_forward_pre_hooks"]:
+        return False
+    if (hooks := own["_forward_hooks"]) and (inert is None or not inert(hooks.values())):
         return False
     its = own.get("forward")
     return its is None or (forward is not None and getattr(its, "func", None) is forward)
@@ -230,4 +237,6 @@ def projection_of(
         return None
     parameters = module._parameters
     weight = parameters.get("weight")
-    return None if weight is None or "bias" not in parameters else Projection(weight, parameters["bias"])
+    if weight is None or weight.dim() != 2 or "bias" not in parameters:
+        return None
+    return Projection(weight, parameters["bias"])

@@ -9,7 +9,7 @@ from backends import DTYPES, judge
 
 import fastgpt
 from fastgpt.ops.few_rows import api
-from fastgpt.ops.few_rows.spec import ACTIVATIONS, Attention, Cache, HeadNorm, Mlp, Norm, Projection, Rotary
+from fastgpt.ops.few_rows.spec import ACTIVATIONS, Around, Attention, Cache, Mlp, Norm, Projection, Rotary
 
 ACTIVATION = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -35,24 +35,40 @@ def project(x, projections, transposed):
 
 
 def norm_case(kind, hidden, dtype):
-    """None, "rms" or "layer"."""
+    """None, "rms", "rms + 1" or "layer"."""
     if kind is None:
         return None
     weight, bias = (1 + torch.rand(hidden)).to(dtype), torch.randn(hidden).to(dtype)
-    return Norm(True, 1e-6, weight) if kind == "rms" else Norm(False, 1e-5, weight, bias)
+    if kind == "layer":
+        return Norm(False, 1e-5, weight, bias)
+    return Norm(True, 1e-6, weight) if kind == "rms" else Norm(True, 1e-6, weight - 1, None, 1.0)
 
 
-def plain_block_norm(x, norm):
+def around_case(kinds, hidden, dtype):
+    return None if kinds is None else Around(*(norm_case(kind, hidden, dtype) for kind in kinds))
+
+
+def plain_norm(x, norm):
     if norm is None:
         return x
-    if norm.rms:
-        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    weight = norm.weight if norm.weight_offset == 0 else norm.weight.to(wide(x)) + norm.weight_offset
+    if norm.rms:  # Gemma's weight is rounded with the result
+        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, norm.eps).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
+
+
+def wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def plain_around(x, around, half):
+    if around is None:
+        return half(x)
+    return x + plain_norm(half(plain_norm(x, around.before)), around.after)
 
 
 def plain_mlp(x, spec):
-    out = plain_mlp_of(plain_block_norm(x, spec.norm), spec)
-    return out if spec.norm is None else x + out
+    return plain_around(x, spec.around, lambda x: plain_mlp_of(x, spec))
 
 
 def plain_mlp_of(x, spec):
@@ -65,29 +81,37 @@ def plain_mlp_of(x, spec):
     return project(up, (spec.down,), spec.transposed)
 
 
-def plain_norm(x, norm):
-    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-
-
 def plain_rotary(x, rotary):
     if rotary is None:
         return x
-    cos, sin = (torch.cat((t, t), -1) if t.shape[-1] < x.shape[-1] else t for t in rotary)
+    cos, sin = (torch.cat((t, t), -1) if rotary.alike else t for t in rotary[:2])
     x1, x2 = x.chunk(2, -1)
-    return x * cos[:, :, None] + torch.cat((-x2, x1), -1) * sin[:, :, None]
+    return (x * cos[:, :, None] + torch.cat((-x2, x1), -1) * sin[:, :, None]).to(x.dtype)
 
 
 def plain_attention(x, spec, rotary, cache, leftpad):
     """out, and what the cache holds then."""
     k_cache, v_cache = cache.k.clone(), cache.v.clone()
-    residual, x = x, plain_block_norm(x, spec.norm)
-    batch, seqlen, _ = x.shape
+
+    def half(x):
+        return plain_attention_of(x, spec, rotary, (k_cache, v_cache), cache.seqlens, leftpad)
+
+    return plain_around(x, spec.around, half), k_cache, v_cache
+
+
+def plain_attention_of(x, spec, rotary, caches, seqlens, leftpad):
+    (k_cache, v_cache), (batch, seqlen, _) = caches, x.shape
     nheads_k, headdim = k_cache.shape[2:]
-    qkv = project(x, spec.qkv, spec.transposed).unflatten(-1, (-1, headdim))
-    q, k, v = qkv.split((qkv.shape[2] - 2 * nheads_k, nheads_k, nheads_k), 2)
-    q, k = (plain_rotary(plain_norm(t, n), rotary) for t, n in ((q, spec.q_norm), (k, spec.k_norm)))
+    qkv, of_k = project(x, spec.qkv, spec.transposed), nheads_k * headdim
+    q, k, v = qkv.split((qkv.shape[2] - 2 * of_k, of_k, of_k), 2)
+    if spec.heads_together:
+        q, k = plain_norm(q, spec.q_norm), plain_norm(k, spec.k_norm)
+    q, k, v = (t.unflatten(-1, (-1, headdim)) for t in (q, k, v))
+    if not spec.heads_together:
+        q, k = plain_norm(q, spec.q_norm), plain_norm(k, spec.k_norm)
+    q, k = plain_rotary(q, rotary), plain_rotary(k, rotary)
     out = torch.empty_like(q)
-    lengths = [cache.seqlens] * batch if isinstance(cache.seqlens, int) else cache.seqlens.tolist()
+    lengths = [seqlens] * batch if isinstance(seqlens, int) else seqlens.tolist()
     for b, past in enumerate(lengths):
         total = past + seqlen
         k_cache[b, past:total], v_cache[b, past:total] = k[b], v[b]
@@ -100,27 +124,28 @@ def plain_attention(x, spec, rotary, cache, leftpad):
         i, j = torch.arange(seqlen)[:, None] + len(keys) - seqlen, torch.arange(len(keys))
         hidden = (j > i) | ((j < i - spec.window_left) if spec.window_left >= 0 else False)
         out[b] = torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
-    out = project(out.flatten(2), (spec.out,), spec.transposed)
-    return out if spec.norm is None else residual + out, k_cache, v_cache
+    return project(out.flatten(2), (spec.out,), spec.transposed)
 
 
-# (rows, hidden, width, as how many projections, gated, bias, transposed, norm)
+# (rows, hidden, width, as how many projections, gated, bias, transposed, norms before and after)
 MLPS = [
     ((1, 1), 64, 96, 2, True, False, False, None),
-    ((2, 2), 40, 33, 2, True, True, False, "rms"),
+    ((2, 2), 40, 33, 2, True, True, False, ("rms", None)),
     ((3,), 24, 50, 1, True, False, False, None),
-    ((1, 1), 48, 192, 1, False, True, True, "layer"),
-    ((2, 1), 17, 21, 1, False, True, False, "layer"),
+    ((1, 1), 48, 192, 1, False, True, True, ("layer", None)),
+    ((2, 1), 17, 21, 1, False, True, False, ("layer", "layer")),
     ((6,), 75, 40, 1, True, True, True, None),
-    ((1, 1), 576, 1536, 2, True, False, False, "rms"),
+    ((1, 2), 33, 40, 2, True, False, False, ("rms + 1", "rms + 1")),
+    ((2, 1), 40, 64, 2, True, False, False, (None, "rms")),
+    ((1, 1), 576, 1536, 2, True, False, False, ("rms", None)),
 ]
 
 
-def mlp_case(hidden, width, projections, gated, bias, transposed, norm, activation, dtype):
+def mlp_case(hidden, width, projections, gated, bias, transposed, around, activation, dtype):
     widths = [width] * 2 if projections == 2 else [2 * width if gated else width]
     up = tuple(projection(hidden, n, bias, transposed, dtype) for n in widths)
     down = projection(width, hidden, bias, transposed, dtype)
-    return Mlp(up, down, gated, activation, transposed, norm_case(norm, hidden, dtype))
+    return Mlp(up, down, gated, activation, transposed, around_case(around, hidden, dtype))
 
 
 @torch.no_grad()
@@ -162,15 +187,24 @@ ATTENTIONS = {
     "a token of GPT-2": (
         (1, 1),
         *(4, 4, 64, 70),
-        {"fused": True, "transposed": True, "bias": True, "rotary": None, "norm": "layer"},
+        {"fused": True, "transposed": True, "bias": True, "rotary": None, "around": ("layer", None)},
     ),
-    "several tokens": ((1, 5), 4, 2, 32, 40, {"bias": True, "norm": "rms"}),
+    "several tokens": ((1, 5), 4, 2, 32, 40, {"bias": True, "around": ("rms", None)}),
     "an empty cache": ((2, 3), 2, 1, 16, 0, {}),
-    "several sequences": ((4, 1), 4, 2, 16, 33, {"batched": True, "norm": "rms"}),
+    "several sequences": ((4, 1), 4, 2, 16, 33, {"batched": True, "around": ("rms", None)}),
     "each at its place": ((3, 2), 2, 2, 24, [3, 40, 0], {"rotary": "half"}),
     "padding before": ((3, 2), 4, 2, 16, 20, {"pads": [0, 7, 20]}),
     "a window and softcap": ((1, 3), 2, 2, 16, 50, {"window_left": 7, "softcap": 3.0}),
-    "norms of heads": ((2, 2), 4, 2, 40, 9, {"norms": True, "fused": True}),
+    "norms of heads": ((2, 2), 4, 2, 40, 9, {"norms": "rms", "fused": True}),
+    "Gemma 3": ((1, 2), 4, 2, 24, 9, {"norms": "rms + 1", "around": ("rms + 1", "rms + 1")}),
+    "OLMo 2": (
+        (2, 1),
+        4,
+        2,
+        16,
+        9,
+        {"norms": "rms", "together": True, "around": (None, "rms"), "wide": True},
+    ),
     "odd": ((1, 1), 3, 1, 18, 11, {"bias": True, "rotary": "half"}),
     "odd, without rotary": ((1, 2), 3, 3, 7, 11, {"rotary": None, "fused": True}),
     "the largest head": ((1, 1), 2, 1, 256, 20, {}),
@@ -184,9 +218,9 @@ def attention_case(shape, nheads, nheads_k, headdim, past, options, dtype):
     widths = [headdim * n for n in ([sum(heads)] if options.get("fused") else heads)]
     qkv = tuple(projection(hidden, n, bias, transposed, dtype) for n in widths)
     out = projection(nheads * headdim, hidden, bias, transposed, dtype)
-    norms = [
-        HeadNorm((1 + torch.rand(headdim)).to(dtype), 1e-5) if options.get("norms") else None for _ in "qk"
-    ]
+    together = options.get("together", False)
+    sizes = [n * headdim if together else headdim for n in (nheads, nheads_k)]
+    norms = [norm_case(options.get("norms"), size, dtype) for size in sizes]
     spec = Attention(
         qkv,
         out,
@@ -194,14 +228,16 @@ def attention_case(shape, nheads, nheads_k, headdim, past, options, dtype):
         options.get("window_left", -1),
         options.get("softcap", 0.0),
         *norms,
+        together,
         transposed,
-        norm_case(options.get("norm"), hidden, dtype),
+        around_case(options.get("around"), hidden, dtype),
     )
     rotary, kind = None, options.get("rotary", "full")
     if kind is not None:
         columns = headdim if kind == "full" else headdim // 2
         angles = 6 * torch.rand(batch if options.get("batched") else 1, seqlen, columns)
-        rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
+        of = torch.float32 if options.get("wide") else dtype
+        rotary = Rotary(angles.cos().to(of), angles.sin().to(of), kind == "half")
     lengths = past if isinstance(past, int) else torch.tensor(past, dtype=torch.int32)
     longest = past if isinstance(past, int) else max(past)
     # Heads before rows, as a buffer cut out of a larger one: nothing but the strides say where a row is.
@@ -234,9 +270,9 @@ def test_attention_parity(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_are_those_of_single_calls_and_depend_on_no_threads(dtype):
     """Of linear, and of attention over a cache: by a block whose other steps are exact."""
-    options = {"rotary": None, "bias": True, "norm": "layer"}
+    options = {"rotary": None, "bias": True, "around": ("layer", None)}
     x, spec, _, cache, _ = attention_case((2, 2), 4, 2, 64, 300, options, dtype)
-    mlp = mlp_case(24, 2000, 2, True, True, False, "rms", "silu", dtype)
+    mlp = mlp_case(24, 2000, 2, True, True, False, ("rms", "rms"), "silu", dtype)
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
@@ -247,7 +283,7 @@ def test_the_bits_are_those_of_single_calls_and_depend_on_no_threads(dtype):
         torch.set_num_threads(threads)
     for others in found[1:]:
         assert all(map(torch.equal, found[0], others))
-    normed = fastgpt.layer_norm(x, spec.norm.weight, spec.norm.bias, spec.norm.eps)
+    normed = fastgpt.layer_norm(x, *spec.around.before[2:4], spec.around.before.eps)
     q, k, v = (api.linear(normed, *p).unflatten(-1, (-1, 64)) for p in spec.qkv)
     lengths = torch.full((2,), 300, dtype=torch.int32)
     attended = fastgpt.attention_with_kvcache(q, cache.k, cache.v, k, v, cache_seqlens=lengths)
@@ -271,8 +307,8 @@ def test_what_is_refused_leaves_the_cache_as_it_was():
     assert refused(qkv=(q, k)) and refused(qkv=(k, q, v)) and refused(qkv=(q, k, q)) and refused(qkv=(q,) * 4)
     assert refused(qkv=(q, k, v._replace(weight=v.weight.to(other)))) and refused(out=q)
     assert refused(qkv=(q, k, v._replace(bias=torch.zeros(7))))
-    assert refused(q_norm=HeadNorm(torch.ones(8), 1e-5)) and refused(
-        k_norm=HeadNorm(torch.ones(16, dtype=other), 0.0)
+    assert refused(q_norm=Norm(True, 1e-5, torch.ones(8))) and refused(
+        k_norm=Norm(True, 0.0, torch.ones(16, dtype=other))
     )
     assert (
         refused(k=cache.k.to(other)) and refused(v=cache.v[:, 1:]) and refused(k=cache.k[:1], v=cache.v[:1])
@@ -282,15 +318,17 @@ def test_what_is_refused_leaves_the_cache_as_it_was():
     assert refused(rotary=Rotary(rotary.cos[:, :1], rotary.sin)) and refused(
         rotary=Rotary(rotary.cos[..., :7], rotary.sin)
     )
-    assert refused(rotary=Rotary(*(t.to(other) for t in rotary)))
+    assert refused(rotary=Rotary(*(t.to(other) for t in rotary[:2]))) and refused(
+        rotary=rotary._replace(alike=True)
+    )
     for ranges in ([[6, 7]] * 2, [[0, 6]] * 2, [[-1, 7]] * 2, [[0, 7]]):
         assert refused(key_ranges=torch.tensor(ranges, dtype=torch.int32))
     assert refused(x=torch.randn(3, 3, 24))
-    assert refused(norm=Norm(True, 1e-5, torch.ones(23))) and refused(
-        norm=Norm(True, 1e-5, torch.ones(24, dtype=other))
+    assert refused(around=Around(Norm(True, 1e-5, torch.ones(23)))) and refused(
+        around=Around(None, Norm(True, 1e-5, torch.ones(24, dtype=other)))
     )
     narrow = out._replace(weight=out.weight[:-1].clone())
-    assert refused(norm=Norm(True, 1e-5, None), out=narrow)
+    assert refused(around=Around(Norm(True, 1e-5, None)), out=narrow)
     with torch.enable_grad():
         assert refused(x=x.clone().requires_grad_())
     assert torch.equal(cache.k, before[0]) and torch.equal(cache.v, before[1])
@@ -303,4 +341,4 @@ def test_what_is_refused_leaves_the_cache_as_it_was():
     assert api.mlp(x, mlp._replace(up=(gate, Projection(up.weight[:-2])))) is None
     assert api.mlp(x, mlp._replace(gated=False)) is None and api.mlp(x, mlp._replace(up=())) is None
     assert api.mlp(x, mlp._replace(down=Projection(mlp.down.weight.t()))) is None
-    assert api.mlp(x, mlp._replace(norm=Norm(False, 1e-5, torch.ones(24), torch.ones(23)))) is None
+    assert api.mlp(x, mlp._replace(around=Around(Norm(False, 1e-5, torch.ones(24), torch.ones(23))))) is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from backends import assert_parity
-from test_transformers import ARCHITECTURES, LAYERS, any_model, random_model, served
+from test_transformers import LAYERS, any_model, random_model, served
 from torch import nn
 from torch.nn.utils import prune
 from transformers.models.llama import modeling_llama
@@ -20,15 +20,7 @@ from fastgpt.ops.few_rows import api as few_rows
 
 __all__ = ["any_model", "served"]  # fixtures
 
-# What is one call in each architecture.
-AS_ONE = {
-    **dict.fromkeys(ARCHITECTURES, ("block",)),
-    "gemma2": ("attention", "mlp"),
-    "gemma3": ("mlp",),
-    "olmo2": ("mlp",),
-    "gpt_neox": (),
-    "gpt_oss": (),
-}
+BY_PARTS = ("gpt_neox", "gpt_oss")  # whose blocks are not one call
 PROMPT, STEPS = 11, (1, 1, 2, 1, 3)  # tokens: two sequences, at most as many rows as bf16 has kernels for
 
 
@@ -65,16 +57,14 @@ def alone(model, ids, mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_steps_of_every_architecture(any_model, ids, served, padding, dtype):
-    name = next(
-        name for name, (config, *_) in ARCHITECTURES.items() if isinstance(any_model.config, type(config))
-    )
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     any_model.to(dtype)
     expected, other = alone(copy.deepcopy(any_model).double(), ids, mask), alone(any_model, ids, mask)
     logits, cache = cached(fastgpt.patch(any_model), ids, mask)
     assert_parity("logits", logits, other, expected)
-    assert as_one(served) == {part: LAYERS * len(STEPS) for part in AS_ONE[name]}
+    by_parts = any_model.config.model_type in BY_PARTS
+    assert as_one(served) == ({} if by_parts else {"block": LAYERS * len(STEPS)})
     assert cache.get_seq_length() == ids.shape[1]
     window = getattr(any_model.config, "sliding_window", None)
     held = [layer.keys.shape[2] for layer in cache.layers]

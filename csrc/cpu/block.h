@@ -5,7 +5,7 @@
 //   attention:  q, k, v = projections of x; q and k normed head by head and rotated; k, v appended to the
 //   caches;
 //               out = to_out(attention of q over the caches)
-//   with a norm, out = x + the same of norm(x)
+//   in a block, out = x + after(the same of before(x)), with one or both of these norms
 //
 // Each step rounds to storage what it would if it were called by itself, and calls the same kernels: the bits
 // are those of a sequence of calls. Tests: tests/test_block.py.
@@ -21,22 +21,23 @@ FASTGPT_INLINE vf activated(vf x) {
   return x * (z < 0.0f ? e : splat(1.0f)) / (1.0f + e);
 }
 
-// Norms of `rows` rows, without threads; out may be x. statistics: 2 rows floats.
+// Norms of `rows` rows, without threads; out, which is contiguous, may be x. statistics: 2 rows floats.
 template <class T>
-void normalise(DType dtype, const T* x, int64_t x_stride, int64_t rows, int64_t hidden, const void* weight,
-               const void* bias, bool rms, float eps, T* out, float* statistics) {
+void normalise(const FewRowsNorm& of, DType dtype, const T* x, int64_t x_stride, int64_t rows, int64_t hidden,
+               T* out, float* statistics) {
   NormForwardParams norm{};
   norm.dtype = norm.weight_dtype = dtype;
   norm.rows = rows;
   norm.hidden = hidden;
   norm.x = x;
   norm.x_stride = x_stride;
-  norm.weight = weight;
-  norm.bias = bias;
-  norm.eps = eps;
+  norm.weight = of.weight;
+  norm.bias = of.bias;
+  norm.eps = of.eps;
+  norm.weight_offset = of.weight_offset;
   norm.out = out;
   norm.rstd = statistics;
-  norm.mean = rms ? nullptr : statistics + rows;
+  norm.mean = of.rms ? nullptr : statistics + rows;
   norm.num_threads = 1;
   NormForward<T>{norm}.run();
 }
@@ -49,15 +50,15 @@ struct HalfBlock {
   float* statistics = nullptr;
 
   void lay_out(Parts& parts) {
-    normed = parts.template take_as<T>(p.has_norm ? p.rows * p.in_features : 0);
-    statistics = parts.take(p.has_norm ? 2 * p.rows : 0);
+    normed = parts.template take_as<T>(p.before.exists ? p.rows * p.in_features : 0);
+    statistics = parts.take(2 * p.rows);
   }
   // The first projections, of x or of its norm, to there.
   LinearParams begin(T* out) {
     LinearParams linear = p;
-    if (p.has_norm) {
-      normalise(p.dtype, static_cast<const T*>(p.x), p.x_stride, p.rows, p.in_features, p.norm_weight,
-                p.norm_bias, p.rms_norm, p.norm_eps, normed, statistics);
+    if (p.before.exists) {
+      normalise(p.before, p.dtype, static_cast<const T*>(p.x), p.x_stride, p.rows, p.in_features, normed,
+                statistics);
       linear.x = normed;
       linear.x_stride = p.in_features;
     }
@@ -65,7 +66,7 @@ struct HalfBlock {
     Linear<T>{linear}.run();
     return linear;
   }
-  // The last projection, of x (rows, in_features), to out, and with a norm the addition.
+  // The last projection, of x (rows, in_features), to out, its norm, and the addition.
   void end(LinearParams linear, const Projection& projection, const T* x, int64_t in_features,
            int64_t x_stride) {
     linear.x = x;
@@ -75,12 +76,15 @@ struct HalfBlock {
     linear.count = 1;
     linear.out = p.out;
     Linear<T>{linear}.run();
-    if (!p.has_norm) return;
+    T* result = static_cast<T*>(p.out);
+    int64_t width = projection.out_features;
+    if (p.after.exists) normalise<T>(p.after, p.dtype, result, width, p.rows, width, result, statistics);
+    if (!p.residual) return;
     for (int64_t r = 0; r < p.rows; r++) {
       const T* residual = static_cast<const T*>(p.x) + r * p.x_stride;
-      T* out = static_cast<T*>(p.out) + r * projection.out_features;
-      for (int64_t i = 0; i < p.in_features; i += kLanes) {
-        int64_t n = min(kLanes, p.in_features - i);
+      T* out = result + r * width;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        int64_t n = min(kLanes, width - i);
         store_upto(out + i, load_upto(residual + i, n) + load_upto(out + i, n), n);
       }
     }
@@ -155,13 +159,10 @@ struct AttentionBlock {
     LinearParams linear = half.begin(memory.qkv);
     for (int64_t r = 0; r < rows; r++) {
       T *q = memory.qkv + r * stride, *k = q + nheads * headdim;
-      if (p.q_norm)
-        normalise<T>(p.dtype, q, headdim, nheads, headdim, p.q_norm, nullptr, true, p.q_eps, q,
-                     memory.statistics);
-      if (p.k_norm)
-        normalise<T>(p.dtype, k, headdim, nheads_k, headdim, p.k_norm, nullptr, true, p.k_eps, k,
-                     memory.statistics);
-      if (p.cos) rotate(q, nheads + nheads_k, r / seqlen, r % seqlen);
+      norm_heads(p.q_norm, q, nheads, memory.statistics);
+      norm_heads(p.k_norm, k, nheads_k, memory.statistics);
+      if (p.cos && p.rotary_dtype == p.dtype) rotate<T>(q, nheads + nheads_k, r / seqlen, r % seqlen);
+      if (p.cos && p.rotary_dtype != p.dtype) rotate<float>(q, nheads + nheads_k, r / seqlen, r % seqlen);
     }
 
     attention.q = {memory.qkv, seqlen * stride, stride, headdim};
@@ -183,11 +184,19 @@ struct AttentionBlock {
     half.end(linear, p.to_out, memory.attended, nheads * headdim, nheads * headdim);
   }
 
+  void norm_heads(const FewRowsNorm& norm, T* heads, int64_t count, float* statistics) const {
+    if (!norm.exists) return;
+    int64_t hidden = p.attention.headdim;
+    if (p.heads_together) hidden *= count, count = 1;
+    normalise<T>(norm, p.dtype, heads, hidden, count, hidden, heads, statistics);
+  }
+
   // Rotary embedding of the heads of a token, in place: (x1, x2), a head's halves, become
   // (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2).
+  template <class Table>
   void rotate(T* heads, int64_t count, int64_t b, int64_t t) const {
-    const T* cos = static_cast<const T*>(p.cos) + b * p.cos_strides[0] + t * p.cos_strides[1];
-    const T* sin = static_cast<const T*>(p.sin) + b * p.sin_strides[0] + t * p.sin_strides[1];
+    const Table* cos = static_cast<const Table*>(p.cos) + b * p.cos_strides[0] + t * p.cos_strides[1];
+    const Table* sin = static_cast<const Table*>(p.sin) + b * p.sin_strides[0] + t * p.sin_strides[1];
     int64_t half = p.attention.headdim / 2;
     for (int64_t h = 0; h < count; h++, heads += p.attention.headdim)
       for (int64_t i = 0; i < half; i += kLanes) {

@@ -1,4 +1,4 @@
-// How linear, mlp and attention_block read their operands, for module.cpp: the tuples of
+// How linear, mlp, attention_block and block read their operands, for module.cpp: the tuples of
 // fastgpt/ops/few_rows/spec.py, field by field. They are checked here, for in Python reading the dozen
 // tensors of half a block takes as long as computing a norm.
 #pragma once
@@ -82,18 +82,29 @@ inline void read_projections(LinearParams& p, py::handle projections) {
     p.projections[p.count] = read_projection(field(projections, p.count), p, p.in_features);
 }
 
-// Norm, or None: rms, eps, weight, bias. What is added to x afterwards has its width.
-inline void read_norm(HalfBlockParams& p, py::handle norm, int64_t out_features) {
-  if (norm.is_none()) return;
-  require(out_features == p.in_features);
-  p.has_norm = true;
-  p.rms_norm = field(norm, 0).ptr() == Py_True;
-  p.norm_eps = py::cast<float>(field(norm, 1));
-  p.norm_weight = read_vector(field(norm, 2), p.dtype, p.in_features);
-  p.norm_bias = read_vector(field(norm, 3), p.dtype, p.in_features);
+// Norm, or None: rms, eps, weight, bias, weight_offset.
+inline FewRowsNorm read_norm(py::handle norm, DType dtype, int64_t hidden) {
+  FewRowsNorm result;
+  if (norm.is_none()) return result;
+  result.exists = true;
+  result.rms = field(norm, 0).ptr() == Py_True;
+  result.eps = py::cast<float>(field(norm, 1));
+  result.weight = read_vector(field(norm, 2), dtype, hidden);
+  result.bias = read_vector(field(norm, 3), dtype, hidden);
+  result.weight_offset = py::cast<float>(field(norm, 4));
+  return result;
 }
 
-// Mlp: up, down, gated, activation, transposed, norm.
+// Around, or None: before, after. What is added to x has its width.
+inline void read_around(HalfBlockParams& p, py::handle around, int64_t out_features) {
+  if (around.is_none()) return;
+  require(out_features == p.in_features);
+  p.before = read_norm(field(around, 0), p.dtype, p.in_features);
+  p.after = read_norm(field(around, 1), p.dtype, p.in_features);
+  p.residual = true;
+}
+
+// Mlp: up, down, gated, activation, transposed, around.
 inline MlpParams read_mlp(py::handle x, py::handle spec, const Array& out) {
   static const char* const kActivations[] = {"silu", "gelu_tanh"};
   MlpParams p;
@@ -109,24 +120,19 @@ inline MlpParams read_mlp(py::handle x, py::handle spec, const Array& out) {
       std::find(std::begin(kActivations), std::end(kActivations), py::cast<std::string>(field(spec, 3)));
   require(found != std::end(kActivations));
   p.activation = static_cast<Activation>(found - std::begin(kActivations));
-  read_norm(p, field(spec, 5), p.down.out_features);
+  read_around(p, field(spec, 5), p.down.out_features);
   return p;
 }
 
-// HeadNorm, or None: weight, eps.
-inline const void* read_head_norm(py::handle norm, const AttentionBlockParams& p, float& eps) {
-  if (norm.is_none()) return nullptr;
-  eps = py::cast<float>(field(norm, 1));
-  return read_vector(field(norm, 0), p.dtype, p.attention.headdim);
-}
-
-// Rotary, or None: cos, sin (batch or 1, seqlen, headdim or its half).
+// Rotary, or None: cos, sin, alike.
 inline void read_rotary(AttentionBlockParams& p, py::handle rotary) {
   if (rotary.is_none()) return;
   const DecodeParams& a = p.attention;
   require(a.headdim % 2 == 0);
-  Array tables[] = {read(field(rotary, 0), p.dtype, 3), read(field(rotary, 1), p.dtype, 3)};
-  p.second = tables[0].size(1) == a.headdim ? a.headdim / 2 : 0;
+  Array cos = read(field(rotary, 0));
+  p.rotary_dtype = cos.is(p.dtype) ? p.dtype : DType::f32;
+  Array tables[] = {read(field(rotary, 0), p.rotary_dtype, 3), read(field(rotary, 1), p.rotary_dtype, 3)};
+  p.second = field(rotary, 2).ptr() == Py_True ? 0 : a.headdim / 2;
   for (const Array& t : tables) {
     require(t.size(1) == a.headdim / 2 + p.second && t.sizes[1] == a.seqlen_q);
     require(t.sizes[0] == a.batch || t.sizes[0] == 1);
@@ -138,14 +144,14 @@ inline void read_rotary(AttentionBlockParams& p, py::handle rotary) {
   p.sin = tables[1];
 }
 
-// Attention: qkv, out, softmax_scale, window_left, softcap, q_norm, k_norm, transposed, norm. Cache: k, v,
-// seqlens, key_ranges, of which `leftpad` is to live as long as the call.
+// Attention: qkv, out, softmax_scale, window_left, softcap, q_norm, k_norm, heads_together, transposed,
+// around. Cache: k, v, seqlens, key_ranges, of which `leftpad` is to live as long as the call.
 inline AttentionBlockParams read_attention(py::handle of_x, py::handle spec, py::handle rotary,
                                            py::handle cache, const Array& out,
                                            std::vector<int32_t>& leftpad) {
   AttentionBlockParams p;
   DecodeParams& a = p.attention;
-  read_rows(p, of_x, field(spec, 7).ptr() == Py_True, out);
+  read_rows(p, of_x, field(spec, 8).ptr() == Py_True, out);
   Array x = read(of_x), k = read(field(cache, 0), p.dtype, 4), v = read(field(cache, 1), p.dtype, 4);
   require(x.ndim == 3 && k.sizes[0] == x.sizes[0] && std::equal(k.sizes, k.sizes + 4, v.sizes));
   read_projections(p, field(spec, 0));
@@ -165,9 +171,10 @@ inline AttentionBlockParams read_attention(py::handle of_x, py::handle spec, py:
   a.window_left = py::cast<int64_t>(field(spec, 3));
   a.window_right = 0;
   a.softcap = py::cast<float>(field(spec, 4));
-  p.q_norm = read_head_norm(field(spec, 5), p, p.q_eps);
-  p.k_norm = read_head_norm(field(spec, 6), p, p.k_eps);
-  read_norm(p, field(spec, 8), p.to_out.out_features);
+  p.heads_together = field(spec, 7).ptr() == Py_True;
+  p.q_norm = read_norm(field(spec, 5), p.dtype, p.heads_together ? a.nheads * a.headdim : a.headdim);
+  p.k_norm = read_norm(field(spec, 6), p.dtype, p.heads_together ? of_k : a.headdim);
+  read_around(p, field(spec, 9), p.to_out.out_features);
   read_rotary(p, rotary);
   a.k = tensor(k);
   a.v = tensor(v);

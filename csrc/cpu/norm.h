@@ -62,6 +62,10 @@ struct NormForward {
     int64_t units = (p.rows + unit_rows - 1) / unit_rows, workers = min(units, p.num_threads);
     Rows<float> buffers = scratch_rows(2 + 2 * max(workers, 1), width);
     const float* weight = as_fp32(p.weight, p.weight_dtype, p.hidden, 1.0f, buffers[0]);
+    if (p.weight_offset != 0.0f) {
+      for (int64_t i = 0; i < p.hidden; i++) buffers[0][i] = weight[i] + p.weight_offset;
+      weight = buffers[0];
+    }
     const float* bias = as_fp32(p.bias, p.weight_dtype, p.hidden, 0.0f, buffers[1]);
     parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
       int64_t end = min(p.rows, (unit + 1) * unit_rows);

@@ -53,9 +53,7 @@ class Norm(nn.Module):
             x, self.weight, self.bias, self.eps, residual=residual, prenorm=True, backend=backend
         )
 
-    def of_few_rows(self) -> spec.Norm | None:
-        if not is_itself(self, Norm):
-            return None
+    def of_few_rows(self) -> spec.Norm:
         return spec.Norm(self.norm is rms_norm, self.eps, self.weight, self.bias)
 
 
@@ -92,7 +90,9 @@ class Rope(NamedTuple):
     def of(cls, rows: Tensor) -> Rope:
         cos, sin = rows.unbind(2)
         second = slice(rows.shape[-1] // 2, None)
-        return cls(cos.unsqueeze(2), sin.unsqueeze(2), spec.Rotary(cos[..., second], sin[..., second]))
+        return cls(
+            cos.unsqueeze(2), sin.unsqueeze(2), spec.Rotary(cos[..., second], sin[..., second], alike=True)
+        )
 
 
 class Attention(nn.Module):
@@ -105,11 +105,11 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, heads * self.headdim, config.attention_bias)
         self.out = Linear(self.nheads * self.headdim, config.hidden_size, config.attention_bias)
 
-    def of_few_rows(self, norm: spec.Norm | None) -> spec.Attention | None:
+    def of_few_rows(self, before: spec.Norm) -> spec.Attention | None:
         qkv, out = projection_of(self.qkv, Linear), projection_of(self.out, Linear)
-        if norm is None or qkv is None or out is None or (self.training and self.dropout):
+        if qkv is None or out is None or (self.training and self.dropout):
             return None
-        return spec.Attention((qkv,), out, self.headdim**-0.5, norm=norm)
+        return spec.Attention((qkv,), out, self.headdim**-0.5, around=spec.Around(before))
 
     def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None, backend: str | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.headdim))
@@ -136,11 +136,13 @@ class MLP(nn.Module):
         self.up = Linear(config.hidden_size, (1 + self.gated) * self.width, config.mlp_bias)
         self.down = Linear(self.width, config.hidden_size, config.mlp_bias)
 
-    def of_few_rows(self, norm: spec.Norm | None) -> spec.Mlp | None:
+    def of_few_rows(self, before: spec.Norm) -> spec.Mlp | None:
         up, down = projection_of(self.up, Linear), projection_of(self.down, Linear)
-        if norm is None or up is None or down is None:
+        if up is None or down is None:
             return None
-        return spec.Mlp((up,), down, self.gated, "silu" if self.gated else "gelu_tanh", norm=norm)
+        return spec.Mlp(
+            (up,), down, self.gated, "silu" if self.gated else "gelu_tanh", around=spec.Around(before)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -182,8 +184,14 @@ class Block(nn.Module):
         self, x: Tensor, rope: Rope | None, cache: KVCache, backend: str | None
     ) -> Tensor | None:
         """The whole block in one go, and its input added; None where that cannot be."""
-        attention, mlp = self.attention, self.mlp
-        if not (is_itself(attention, Attention) and is_itself(mlp, MLP)) or all_are_hooked():
+        attention, mlp, dropout = self.attention, self.mlp, self.dropout
+        kinds = ((self.attention_norm, Norm), (attention, Attention), (self.mlp_norm, Norm), (mlp, MLP))
+        if not all(is_itself(module, kind) for module, kind in kinds) or type(cache) is not KVCache:
+            return None
+        drops = not is_itself(dropout, nn.Identity) and (
+            not is_itself(dropout, nn.Dropout) or dropout.training
+        )
+        if drops or all_are_hooked():
             return None
         first = attention.of_few_rows(self.attention_norm.of_few_rows())
         second = mlp.of_few_rows(self.mlp_norm.of_few_rows())

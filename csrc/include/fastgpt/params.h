@@ -135,10 +135,10 @@ struct NormForwardParams : Dropout {
   int64_t x_stride;
   const void* residual;  // added to x before the norm, or null
   int64_t residual_stride;
-  const void *weight, *bias;  // (hidden), or null
-  float eps;
-  void* out;           // (rows, hidden), contiguous
-  void* residual_out;  // the sum, (rows, hidden), contiguous, or null
+  const void *weight, *bias;        // (hidden), or null
+  float eps, weight_offset = 0.0f;  // which is added to the weight (Gemma)
+  void* out;                        // (rows, hidden), contiguous
+  void* residual_out;               // the sum, (rows, hidden), contiguous, or null
   float *mean, *rstd;
   int num_threads;
 };
@@ -207,12 +207,18 @@ struct LinearParams {
 
 enum class Activation : int { silu = 0, gelu_tanh = 1 };
 
-// Half a block of a transformer: a function of x that begins with the projections; or, with a norm, x + that
-// function of norm(x). out is (rows, the last projection's out_features).
+// A norm of a few rows.
+struct FewRowsNorm {
+  bool exists = false, rms = false;
+  float eps = 0.0f, weight_offset = 0.0f;
+  const void *weight = nullptr, *bias = nullptr;  // (hidden), of the rows' type, or null
+};
+
+// Half a block of a transformer, [x +] after(f(before(x))), with a function f that begins with the
+// projections and ends with one; the norms may be none. out is (rows, the last projection's out_features).
 struct HalfBlockParams : LinearParams {
-  const void *norm_weight = nullptr, *norm_bias = nullptr;  // (in_features), of the same type, or null
-  float norm_eps = 0.0f;
-  bool rms_norm = false, has_norm = false;
+  FewRowsNorm before, after;
+  bool residual = false;  // x is added
 };
 
 // down(activation(up(x))), or, gated, down(activation(gate(x)) up(x)): the projections are up, or gate and
@@ -231,11 +237,11 @@ struct AttentionBlockParams : HalfBlockParams {
   const int32_t* cache_seqlens = nullptr;  // (batch): tokens in the caches; null: `past` of each sequence
   int64_t past = 0;
   Projection to_out;
-  // RMS norms of the heads of q and of k: weights (headdim), of the same type, or null.
-  const void *q_norm = nullptr, *k_norm = nullptr;
-  float q_eps = 0.0f, k_eps = 0.0f;
-  // Cosines and sines (batch, seqlen_q, >= headdim / 2), of the same type, or null: those of the second half
-  // of a head lie `second` behind those of the first.
+  FewRowsNorm q_norm, k_norm;  // RMS norms of each head of q and of k, or of all heads of a token together
+  bool heads_together = false;
+  // Cosines and sines (batch, seqlen_q, >= headdim / 2), of the same type or in fp32, or null: those of the
+  // second half of a head lie `second` behind those of the first.
+  DType rotary_dtype = DType::f32;
   const void *cos = nullptr, *sin = nullptr;
   int64_t cos_strides[2] = {}, sin_strides[2] = {}, second = 0;
 };

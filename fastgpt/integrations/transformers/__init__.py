@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -144,6 +145,8 @@ def patch(
             speed of memory; generate() of a few sequences spends most of its time there. There, too, MLPs
             are one call, and so are attentions, if attention and cache are swapped, and blocks, if norms
             are. In bfloat16 and float16, what such a call computes between products is rounded less often.
+            Modules that somebody changes, replaces or hooks afterwards are seen; what such a module reads in
+            its config at every call is taken to stay.
         backend: of what is swapped; default ``FASTGPT_BACKEND``, else ``auto``. (That of linear layers is
             what the variable says now; of all else, at each call.)
 
@@ -183,12 +186,14 @@ def patch(
         if norm:
             said += _patch_norms(model, record)
         asked = dispatch.requested(backend)
-        if linear and (linears := [module for module in model.modules() if is_linear(module, asked)]):
+        linears = [m for m in model.modules() if linear and is_linear(m, asked) and not probe.is_replaced(m)]
+        if linears:
             for module in linears:
                 _set_forward(record, module, linear_forward, is_transposed(module), asked)
             said.append(f"{len(linears)} linear layers where rows are few")
             said += _patch_blocks(model, record, attention and cache)
         if cache:
+            importlib.import_module(f"{__name__}.cache")  # which notes what transformers' own update is
             record.hooks.append(model.register_forward_pre_hook(_append_in_place, with_kwargs=True))
             said.append("a cache that appends in place")
     except BaseException:
@@ -234,7 +239,7 @@ def _patch_norms(model: PreTrainedModel, record: Patch) -> list[str]:
     left: set[str] = set()
     norms = 0
     for module in model.modules():
-        if (what := norm_of(module)) is not None:
+        if not probe.is_replaced(module) and (what := norm_of(module)) is not None:
             _set_forward(record, module, norm_forward, what, record.backend)
             norms += 1
         elif "Norm" in type(module).__name__:
@@ -249,9 +254,13 @@ def _patch_norms(model: PreTrainedModel, record: Patch) -> list[str]:
 
 def _patch_blocks(model: PreTrainedModel, record: Patch, attention: bool) -> list[str]:
     """What is one call where rows are few: attentions and MLPs, and blocks whose norms are patched."""
+    ours = {id(module) for module, _ in record.forwards}
+    replaced = {id(m) for m in model.modules() if id(m) not in ours and probe.is_replaced(m)}
     attentions: dict[nn.Module, probe.Attention] = {}
     mlps: dict[nn.Module, probe.Mlp] = {}
     for module in model.modules():
+        if id(module) in replaced:
+            continue
         if (mlp := probe.mlp_of(module)) is not None:
             mlps[module] = mlp
         elif attention and (found := probe.attention_of(module)) is not None:
@@ -263,13 +272,11 @@ def _patch_blocks(model: PreTrainedModel, record: Patch, attention: bool) -> lis
     patched = {id(module) for module, _ in record.forwards}
     blocks = 0
     for module in model.modules():
-        whole = probe.block_of(module, attentions, mlps)
-        if whole is not None and all(id(module._modules[name]) in patched for name in whole.names):
+        whole = None if id(module) in replaced else probe.block_of(module, attentions, mlps)
+        if whole is not None and all(id(module._modules[name]) in patched for name in whole.names()):
             _set_forward(record, module, block.block_forward, whole, record.backend)
             blocks += 1
-    if blocks == len(attentions) == len(mlps):
-        attentions, mlps = {}, {}
-    counts = [(blocks, "blocks"), (len(attentions), "attentions"), (len(mlps), "MLPs")]
+    counts = [(blocks, "blocks"), (len(attentions) - blocks, "attentions"), (len(mlps) - blocks, "MLPs")]
     said = " and ".join(f"{count} {name}" for count, name in counts if count)
     return [f"there {said} as one call each"] if said else []
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "fastgpt"
-PROBE = "fastgpt_probe"  # an attention that keeps what it is given: block.py
+PROBE = "fastgpt_probe"  # an attention that keeps what it is given: probe.py
 RANGES = torch.uint32  # the dtype of masks that are ranges of keys: nobody else's masks have it
 # What some architectures pass to an attention function and this one does not compute: T5's bias, the keys
 # that DeepSeek-V3.2 and MiniMax-M3 choose, Inkling's logit for each query. And where continuous batching

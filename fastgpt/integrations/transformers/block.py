@@ -3,14 +3,15 @@ is little to compute, but a hundred small operators, which take as long as the p
 both to its input, each behind a norm, it is one call with these, too.
 
 Which modules these are, ``probe.py`` knows. Here is what stands for their ``forward``; at each call it looks
-whether they still are what they were, without hooks, with gradients disabled, and the cache one that appends
-in place. Else the module computes as it did.
+whether they still are what they were, without hooks and with the same attributes, whether gradients are
+disabled, and the cache is one that appends in place. Else the module computes as it did. (What a module reads
+in its config at each call, and somebody changes there afterwards, is not seen.)
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,7 @@ from fastgpt.integrations.transformers.linear import linear_forward
 from fastgpt.integrations.transformers.norms import norm_forward
 from fastgpt.nn import all_are_hooked, is_itself, projection_of
 from fastgpt.ops.few_rows import api as few_rows
-from fastgpt.ops.few_rows.spec import Attention, Cache, HeadNorm, Mlp, Norm, Projection, Rotary
-
-WITHOUT_MEANING = frozenset({"position_ids", "use_cache", "cache_position"})  # to attention
+from fastgpt.ops.few_rows.spec import Around, Attention, Cache, Mlp, Norm, Projection, Rotary
 
 
 def _may_serve(x: Any) -> bool:
@@ -44,7 +43,19 @@ def _projections(
 
 def _drops(children: dict[str, Any], names: tuple[str, ...]) -> bool:
     """Whether one of these, dropouts once, may change anything."""
-    return any(type(children.get(name)) is not nn.Dropout or children[name].training for name in names)
+    return any(not is_itself(children.get(name), nn.Dropout) or children[name].training for name in names)
+
+
+def _changed(module: nn.Module, attributes: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether it is in training, or one of the numbers and names that it had is another: a scale, a
+    window."""
+    own = module.__dict__
+    if module.training:
+        return True
+    for name, value in attributes:  # noqa: SIM110  # any() of a generator takes several times as long
+        if own.get(name) != value:
+            return True
+    return False
 
 
 def mlp_forward(
@@ -61,15 +72,15 @@ def mlp_forward(
     return original(*args, **named) if out is None else out
 
 
-def _mlp(module: nn.Module, known: probe.Mlp, norm: Norm | None = None) -> Mlp | None:
+def _mlp(module: nn.Module, known: probe.Mlp, around: Around | None = None) -> Mlp | None:
     """What the module would compute now."""
     children, (name, kind) = module._modules, known.activation_child
     projections = _projections(children, known.layers)
-    if projections is None or not is_itself(children.get(name), kind):
+    if projections is None or not is_itself(children.get(name), kind) or _changed(module, known.attributes):
         return None
     if known.dropouts and _drops(children, known.dropouts):
         return None
-    return Mlp(*projections, known.gated, known.activation, known.layers.transposed, norm)
+    return Mlp(*projections, known.gated, known.activation, known.layers.transposed, around)
 
 
 def attention_forward(
@@ -98,76 +109,93 @@ class Call(NamedTuple):
 
     def run(self, x: Tensor, mlp: Mlp | None, backend: str | None) -> Tensor | None:
         """It, and then the MLP, if there is one."""
-        count = x.shape[1]
-        if (room := self.layer.reserve(count)) is None:
+        count, out = x.shape[1], None
+        if (claimed := self.layer.claim(count)) is None:
             return None
-        k, v, length = room
-        cache = Cache(k, v, length, self.ranges)
-        if mlp is None:
-            out = few_rows.attention(x, self.spec, self.rotary, cache, backend)
-        else:
-            out = few_rows.block(x, self.spec, self.rotary, cache, mlp, backend)
-        if out is not None:
-            self.layer.extend(count)
+        keys, values, length = claimed
+        cache = Cache(keys.rows, values.rows, length, self.ranges)
+        try:
+            if mlp is None:
+                out = few_rows.attention(x, self.spec, self.rotary, cache, backend)
+            else:
+                out = few_rows.block(x, self.spec, self.rotary, cache, mlp, backend)
+        finally:
+            self.layer.settle(claimed, count, out is not None)
         return out
 
 
 def _attention(
-    module: Any, known: probe.Attention, named: dict[str, Any], norm: Norm | None = None
+    module: Any, known: probe.Attention, named: dict[str, Any], around: Around | None = None
 ) -> Call | None:
     """What the module would compute now, called with these, beside hidden_states."""
     mask, embeddings = named.pop("attention_mask", None), named.pop("position_embeddings", None)
     cache, older = named.pop("cache", None), named.pop("past_key_values", None)
     cache = older if cache is None else cache
+    if cache is None or _changed(module, known.attributes):
+        return None
+    if module.config._attn_implementation != known.implementation:
+        return None
     window, ranges = known.window, None
     if mask is not None:
-        if mask.dtype != RANGES or mask.shape[1] != 1:
+        if not isinstance(mask, Tensor) or mask.dtype != RANGES or mask.shape[1] != 1:
             return None  # a dense mask, or keys behind a query's own
         if mask.shape[2] > 1:
             window = mask.shape[2] - 1
         ranges = mask if mask.shape[3] else None
     for name, value in named.items():
-        if value is not None and name not in WITHOUT_MEANING:
+        if value is not None and name not in probe.WITHOUT_MEANING:
             return None
-    if module.training or module.scaling != known.scaling or not module.is_causal:
+    rotary = None
+    if known.rotary:
+        if not isinstance(embeddings, tuple) or any(t.shape[-1] != known.headdim for t in embeddings):
+            return None  # a part of each head is rotated
+        rotary = Rotary(*embeddings)
+    if (layer := _layers()(cache, module.layer_idx)) is None:
         return None
-    layers = getattr(cache, "layers", ())
-    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-    if not hasattr(layer, "reserve") or type(cache).update is not _update() or cache.offloading:
-        return None  # not one of cache.py
 
     children = module._modules
     if (projections := _projections(children, known.layers)) is None:
         return None
     if known.dropouts and _drops(children, known.dropouts):
         return None
-    heads: list[HeadNorm | None] = [None, None]
-    for i, (name, (kind, computed)) in enumerate(zip(probe.HEAD_NORMS, known.head_norms, strict=False)):
-        if (of_head := _norm(children.get(name), kind, computed)) is None or of_head.weight is None:
-            return None
-        heads[i] = HeadNorm(of_head.weight, of_head.eps)
-    rotary = Rotary(*embeddings) if known.rotary else None
-    qkv, out = projections
+    q_norm, k_norm = (_norm(children, norm) for norm in known.head_norms)
+    if (q_norm is None) != (known.head_norms[0] is None) or (k_norm is None) != (known.head_norms[1] is None):
+        return None
     spec = Attention(
-        qkv, out, known.scaling, window - 1, known.softcap, heads[0], heads[1], known.layers.transposed, norm
+        *projections,
+        softmax_scale=known.scaling,
+        window_left=window - 1,
+        softcap=known.softcap,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        heads_together=known.heads_together,
+        transposed=known.layers.transposed,
+        around=around,
     )
     return Call(spec, rotary, layer, ranges)
 
 
 @functools.cache
-def _update() -> Any:
-    from transformers import DynamicCache
+def _layers() -> Any:
+    from fastgpt.integrations.transformers.cache import layer_in_place  # which has transformers' classes
 
-    return DynamicCache.update
+    return layer_in_place
 
 
-def _norm(module: Any, kind: type[nn.Module], computed: probe.Norm) -> Norm | None:
-    if not is_itself(module, kind, norm_forward):
+def _norm(children: dict[str, Any], known: probe.NormChild | None) -> Norm | None:
+    if known is None or not is_itself(children.get(known.name), known.kind, norm_forward):
         return None
-    parameters = module._parameters
+    parameters, computed = children[known.name]._parameters, known.norm
     if (weight := parameters.get("weight")) is None:
         return None
-    return Norm(computed.rms, computed.eps, weight, parameters.get("bias"))
+    return Norm(computed.rms, computed.eps, weight, parameters.get("bias"), float(computed.one_more))
+
+
+def _around(children: dict[str, Any], half: probe.Half) -> Around | None:
+    before, after = _norm(children, half.before), _norm(children, half.after)
+    if (before is None) != (half.before is None) or (after is None) != (half.after is None):
+        return None
+    return Around(before, after)
 
 
 def block_forward(
@@ -188,17 +216,28 @@ def block_forward(
 def _block(
     module: Any, known: probe.Block, backend: str | None, x: Tensor, named: dict[str, Any]
 ) -> Tensor | None:
-    first, attention, second, mlp = map(module._modules.get, known.names)
-    if not is_itself(attention, known.attention_kind, attention_forward):
+    children, first, second = module._modules, known.first, known.second
+    attention, mlp = children.get(first.name), children.get(second.name)
+    if not is_itself(attention, first.kind, attention_forward, _capture_nothing):
         return None
-    if not is_itself(mlp, known.mlp_kind, mlp_forward):
+    if not is_itself(mlp, second.kind, mlp_forward, _capture_nothing) or _changed(module, known.attributes):
         return None
-    if known.dropouts and _drops(module._modules, known.dropouts):
+    if known.dropouts and _drops(children, known.dropouts):
         return None
-    norm_1, norm_2 = _norm(first, *known.norms[0]), _norm(second, *known.norms[1])
-    if norm_1 is None or norm_2 is None:
+    if (around_first := _around(children, first)) is None or (
+        around_second := _around(children, second)
+    ) is None:
         return None
-    then = _mlp(mlp, known.mlp, norm_2)
-    if then is None or (call := _attention(attention, known.attention, named, norm_1)) is None:
+    then = _mlp(mlp, known.mlp, around_second)
+    if then is None or (call := _attention(attention, known.attention, named, around_first)) is None:
         return None
     return call.run(x, then, backend)
+
+
+def _capture_nothing(hooks: Iterable[Any]) -> bool:
+    """Whether hooks are those that a call with output_hidden_states=True leaves, which do nothing in
+    others."""
+    from transformers.utils import output_capturing
+
+    own = all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks)
+    return own and not output_capturing._active_collector.get()

@@ -8,7 +8,8 @@ headdim); all that can be done with them, cropping or choosing beams, is as it w
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,25 @@ from transformers.cache_utils import (
 LEAST_ROOM = 64  # tokens
 
 
+_claims = threading.Lock()
+
+
+class Stretch(NamedTuple):
+    """Rows of a buffer, (batch, rows, nheads_k, headdim), and where those that are claimed end in it."""
+
+    rows: Tensor
+    end: int
+
+    def first(self, length: int) -> Tensor:
+        """(batch, nheads_k, length, headdim)."""
+        return self.rows.narrow(1, 0, length).transpose(1, 2)
+
+
 class Room:
     """A tensor (batch, capacity, nheads_k, headdim) that a layer's keys, or its values, are a view of."""
 
     def __init__(self) -> None:
-        self.buffer = self.rows = torch.empty(0, 0, 0, 0)  # rows: (batch, nheads_k, capacity, headdim)
+        self.buffer = torch.empty(0, 0, 0, 0)
         self.used = 0  # rows, which somebody may hold, even if they have been cropped since
 
     def append(self, past: Tensor, new: Tensor) -> Tensor:
@@ -38,31 +53,27 @@ class Room:
             return torch.cat((past, new), -2)  # which promotes or refuses them
         if length and past.shape != (batch, nheads_k, length, headdim):
             return torch.cat((past, new), -2)
-        if length:
-            self.reserve(past, count)
-        else:
-            self._fresh(new, batch, count)
-            self.used = 0
-        self.buffer[:, self.used : self.used + count] = new.transpose(1, 2)
-        return self.extend(length, count)
+        stretch = self.claim(past if length else new[:, :, :0], count)
+        stretch.rows[:, length : length + count] = new.transpose(1, 2)
+        return stretch.first(length + count)
 
-    def reserve(self, past: Tensor, count: int) -> bool:
-        """Makes room for ``count`` rows behind those of past; whether that has copied them."""
-        length, start = past.shape[2], self._start(past)
-        if start is not None and start + length == self.used and self.used + count <= self.buffer.shape[1]:
-            return False
-        self._fresh(past, past.shape[0], length + count)[:, :, :length] = past
-        self.used = length
-        return True
+    def claim(self, past: Tensor, count: int) -> Stretch:
+        """The rows of past, copied if there is no room behind them, and room for ``count`` more, which are
+        nobody else's from then on."""
+        length = past.shape[2]
+        with _claims:  # of a shallow copy, another thread may have the same room
+            start = self._start(past) if length else None
+            if start is None or start + length != self.used or self.used + count > self.buffer.shape[1]:
+                self._fresh(past, past.shape[0], length + count)[:, :, :length] = past
+                start = 0
+            self.used = start + length + count
+            return Stretch(self.buffer[:, start:] if start else self.buffer, self.used)
 
-    def extend(self, length: int, count: int) -> Tensor:
-        """(batch, nheads_k, length + count, headdim): the last rows, and those written behind them."""
-        self.used += count
-        return self.rows.narrow(2, self.used - length - count, length + count)
-
-    def last(self, length: int) -> Tensor:
-        """(batch, length and the room behind it, nheads_k, headdim): the last rows."""
-        return self.buffer if self.used == length else self.buffer[:, self.used - length :]
+    def release(self, stretch: Stretch, count: int) -> None:
+        """Gives up the last ``count`` rows of a stretch, if none has been claimed behind them."""
+        with _claims:
+            if self.used == stretch.end:
+                self.used -= count
 
     def select(self, past: Tensor, index: Tensor) -> Tensor:
         """``past.index_select(0, index)``, with room behind it."""
@@ -73,8 +84,7 @@ class Room:
         """(batch, nheads_k, length, headdim), of a new buffer."""
         capacity = length + max(length // 2, LEAST_ROOM)
         self.buffer, self.used = like.new_empty(batch, capacity, like.shape[1], like.shape[3]), length
-        self.rows = self.buffer.transpose(1, 2)
-        return self.rows[:, :, :length]
+        return self.buffer[:, :length].transpose(1, 2)
 
     def _start(self, past: Tensor) -> int | None:
         """The row of the buffer that past begins at; None if past is not its rows, or they are read-only."""
@@ -120,26 +130,25 @@ class InPlace:
         self.hold(keys, values, key_states.shape[2])
         return keys, values
 
-    def reserve(self: Any, count: int) -> tuple[Tensor, Tensor, int] | None:
-        """For who writes ``count`` new keys and values by himself, and then calls :meth:`extend`: the rows
-        (batch, capacity, nheads_k, headdim) of both, and how many of them are held. None where :meth:`update`
-        has to do it.
-        """
+    def claim(self: Any, count: int) -> tuple[Stretch, Stretch, int] | None:
+        """For who writes ``count`` new keys and values by himself: their rows, behind as many as are told.
+        None where :meth:`update` has to do it."""
         if not self.is_initialized or _traced() or getattr(self, "record_past", False):
             return None
-        (for_keys, for_values), keys, values = self.room, self.keys, self.values
+        keys, values = self.keys, self.values
         if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or not keys.shape[2]:
             return None
-        length = keys.shape[2]
-        if for_keys.reserve(keys, count):
-            self.keys = for_keys.extend(length, 0)
-        if for_values.reserve(values, count):
-            self.values = for_values.extend(length, 0)
-        return for_keys.last(length), for_values.last(length), length
+        return self.room[0].claim(keys, count), self.room[1].claim(values, count), keys.shape[2]
 
-    def extend(self: Any, count: int) -> None:
-        length = self.keys.shape[2]
-        self.hold(self.room[0].extend(length, count), self.room[1].extend(length, count), count)
+    def settle(self: Any, claimed: tuple[Stretch, Stretch, int], count: int, written: bool) -> None:
+        """After :meth:`claim`: whether they have been written."""
+        keys, values, length = claimed
+        if written:
+            self.hold(keys.first(length + count), values.first(length + count), count)
+            return
+        self.keys, self.values = keys.first(length), values.first(length)  # which may be copies, with room
+        for room, stretch in zip(self.room, (keys, values), strict=True):
+            room.release(stretch, count)
 
     def hold(self, keys: Tensor, values: Tensor, count: int) -> None:
         """Keeps what the next call needs of all keys, ``count`` of which are new."""
@@ -163,10 +172,26 @@ class InPlaceSlidingWindowLayer(InPlace, DynamicSlidingWindowLayer):
         self.keys, self.values = (t[:, :, -self.sliding_window + 1 :] for t in (keys, values))
 
 
+UPDATE: Any = DynamicCache.update  # before anybody puts another in its place, and None if somebody has
+UPDATE = UPDATE if UPDATE.__module__ == DynamicCache.__module__ else None
 IN_PLACE: dict[Any, Any] = {
     DynamicLayer: InPlaceLayer,
     DynamicSlidingWindowLayer: InPlaceSlidingWindowLayer,
 }
+
+
+def layer_in_place(cache: Any, index: int | None) -> Any:
+    """The layer of a cache, if it appends in place, and nothing else happens in its update; None else."""
+    if type(cache).update is not UPDATE or "update" in vars(cache) or cache.offloading:
+        return None
+    if index is None or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    return (
+        layer
+        if type(layer) in (InPlaceLayer, InPlaceSlidingWindowLayer) and "update" not in vars(layer)
+        else None
+    )
 
 
 def append_in_place(cache: Any) -> None:

@@ -1,5 +1,5 @@
 """Which of a model's modules are attentions, MLPs and blocks that can be computed in one go (``block.py``):
-known by what they make of small numbers, of their inputs, and what they hand to the cache and to attention.
+known by what they make of some numbers, of their inputs, and what they hand to the cache and to attention.
 """
 
 from __future__ import annotations
@@ -23,15 +23,24 @@ from fastgpt.integrations.transformers.norms import Norm, norm_of
 ATTENTIONS = ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("qkv_proj",), "o_proj"), (("c_attn",), "c_proj"))
 HEAD_NORMS = ("q_norm", "k_norm")
 MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("gate_up_proj",), "down_proj"), (("c_fc",), "c_proj"))
+# Of both halves: the norm before, the half itself, the norm after: Llama's, GPT-2's, Gemma 2's, OLMo 2's.
 BLOCKS = (
-    ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
-    ("ln_1", "attn", "ln_2", "mlp"),
+    (("input_layernorm", "self_attn", None), ("post_attention_layernorm", "mlp", None)),
+    (("ln_1", "attn", None), ("ln_2", "mlp", None)),
+    (
+        ("input_layernorm", "self_attn", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+    ),
+    ((None, "self_attn", "post_attention_layernorm"), (None, "mlp", "post_feedforward_layernorm")),
 )
+WITHOUT_MEANING = frozenset({"position_ids", "use_cache", "cache_position"})  # to attention
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
-BATCH, SEQLEN, HIDDEN = 2, 3, 16  # of the small numbers
+BATCH, SEQLEN, HIDDEN = 2, 3, 16  # of what modules are tried with
+SCALES = (1.0, 1e4)  # of its numbers: some modules clip large ones
+Attributes = tuple[tuple[str, Any], ...]  # a module's own numbers, strings and the like
 
 
 class Layers(NamedTuple):
@@ -43,12 +52,24 @@ class Layers(NamedTuple):
     transposed: bool
 
 
+class NormChild(NamedTuple):
+    """A norm among a module's children."""
+
+    name: str
+    kind: type[nn.Module]
+    norm: Norm
+
+
 class Attention(NamedTuple):
     """How a module computes an attention that :class:`fastgpt.ops.few_rows.spec.Attention` has."""
 
     parameters: tuple[str, ...]  # of its forward
+    attributes: Attributes
+    implementation: str  # the attention that its config asks for
     layers: Layers
-    head_norms: tuple[tuple[type[nn.Module], Norm], ...]  # of HEAD_NORMS, or none
+    headdim: int
+    head_norms: tuple[NormChild | None, NormChild | None]  # of q and of k
+    heads_together: bool
     dropouts: tuple[str, ...]
     rotary: bool
     scaling: float
@@ -59,6 +80,7 @@ class Attention(NamedTuple):
 class Mlp(NamedTuple):
     """How a module computes an MLP that :class:`fastgpt.ops.few_rows.spec.Mlp` has."""
 
+    attributes: Attributes
     layers: Layers
     gated: bool
     activation: str
@@ -66,17 +88,33 @@ class Mlp(NamedTuple):
     dropouts: tuple[str, ...]
 
 
+class Half(NamedTuple):
+    """Of a block: ``x + after(half(before(x)))``, the norms may be none."""
+
+    before: NormChild | None
+    name: str
+    kind: type[nn.Module]
+    after: NormChild | None
+
+    def norms(self) -> tuple[NormChild, ...]:
+        return tuple(norm for norm in (self.before, self.after) if norm is not None)
+
+
 class Block(NamedTuple):
-    """How a module computes ``z = x + attention(norm(x))``, and of that ``z + mlp(norm(z))``."""
+    """How a module computes its attention's half, and of that its MLP's."""
 
     parameters: tuple[str, ...]  # of its forward
-    names: tuple[str, str, str, str]  # of BLOCKS
-    norms: tuple[tuple[type[nn.Module], Norm], ...]
-    attention_kind: type[nn.Module]
+    attributes: Attributes
+    first: Half
     attention: Attention
-    mlp_kind: type[nn.Module]
+    second: Half
     mlp: Mlp
     dropouts: tuple[str, ...]
+
+    def names(self) -> tuple[str, ...]:
+        """Of all its children but the dropouts."""
+        norms = (norm.name for half in (self.first, self.second) for norm in half.norms())
+        return (self.first.name, self.second.name, *norms)
 
 
 class Recorder:
@@ -100,8 +138,9 @@ class Given(nn.Module):
         self.out = out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.x = args[0] if args else kwargs.get("hidden_states")
-        self.kwargs = kwargs
+        self.rest = kwargs
+        self.x = args[0] if args else kwargs.pop("hidden_states", None)
+        self.several = len(args) > 1
         return self.out
 
 
@@ -112,8 +151,21 @@ def _numbers(*shape: int, phase: float) -> Tensor:
 
 
 def _same(got: Any, expected: Tensor) -> bool:
-    fits = isinstance(got, Tensor) and got.shape == expected.shape
-    return fits and torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    if not isinstance(got, Tensor) or got.shape != expected.shape or not bool(expected.isfinite().all()):
+        return False
+    return bool((got - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+
+def _attributes(module: nn.Module) -> Attributes:
+    plain = (int, float, str, type(None))
+    own = vars(module).items()
+    return tuple((n, v) for n, v in own if isinstance(v, plain) and n != "training" and not n.startswith("_"))
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether somebody has given the instance another forward (accelerate keeps what it was)."""
+    own = vars(module).get("_old_forward", vars(module).get("forward"))
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
@@ -156,6 +208,9 @@ def _layers(module: nn.Module, known: tuple[tuple[tuple[str, ...], str], ...]) -
         kinds = {type(layer) for layer in found}
         if len(kinds) != 1 or any(layer is None or "bias" not in layer._parameters for layer in found):
             continue
+        weights = [layer._parameters.get("weight") for layer in found]  # type: ignore[union-attr]
+        if any(weight is None or weight.dim() != 2 for weight in weights):
+            return None  # it is computed, or a placeholder
         transposed = is_transposed(found[0])  # type: ignore[arg-type]
         if transposed or kinds == {nn.Linear}:
             return Layers(into, out, type(found[0]), transposed)  # type: ignore[arg-type]  # none is None
@@ -183,71 +238,94 @@ def _dropouts(module: nn.Module, *others: str) -> tuple[str, ...] | None:
     return tuple(rest) if all(type(child) is nn.Dropout for child in rest.values()) else None
 
 
+def _norm_child(module: nn.Module, name: str | None) -> NormChild | None:
+    if name is None or (child := module._modules.get(name)) is None or (norm := norm_of(child)) is None:
+        return None
+    return NormChild(name, type(child), norm)
+
+
 @torch.no_grad()
 def attention_of(module: Any) -> Attention | None:
     """What a module computes, if it is a causal attention over a cache, as Attention says."""
     layers, headdim = _layers(module, ATTENTIONS), getattr(module, "head_dim", None)
     causal, config = getattr(module, "is_causal", False), getattr(module, "config", None)
-    if layers is None or not isinstance(headdim, int) or not causal or config is None:
+    if layers is None or not isinstance(headdim, int) or causal is not True or config is None:
         return None
     heads = _sizes(module._modules[layers.out], layers.transposed)[1] // headdim
     columns = sum(_sizes(module._modules[name], layers.transposed)[0] for name in layers.into)
     heads_k = (columns // headdim - heads) // 2
-    norms = {name: norm for name in HEAD_NORMS if (norm := module._modules.get(name)) is not None}
-    computed = [norm_of(norm) for norm in norms.values()]
-    dropouts = _dropouts(module, *layers.into, layers.out, *norms)
+    present = [name for name in HEAD_NORMS if module._modules.get(name) is not None]
+    norms = [_norm_child(module, name) for name in present]
+    dropouts = _dropouts(module, *layers.into, layers.out, *present)
     if dropouts is None or len(norms) == 1 or heads < 1 or heads_k < 1 or heads % heads_k:
         return None
-    if any(norm is None or not norm.rms or norm.one_more for norm in computed):
+    if any(norm is None or not norm.norm.rms for norm in norms):
         return None
-    if any(norm.weight.shape != (headdim,) for norm in norms.values()):  # OLMo 2's: of all heads together
+    sizes = [len(module._modules[name].weight) for name in present]
+    together = sizes == [heads * headdim, heads_k * headdim] and heads > 1  # OLMo 2's
+    if present and not together and sizes != [headdim, headdim]:
         return None
 
-    x = _numbers(BATCH, SEQLEN, HIDDEN, phase=0.1)
-    cos, sin = (_numbers(BATCH, SEQLEN, headdim, phase=phase) for phase in (0.2, 0.3))
-    recorder = Recorder(_numbers(BATCH, SEQLEN, heads, headdim, phase=0.4))
+    parameters, rotary = _parameters(module), False
     small = _small_layers(module, layers)
-    small_norms = {name: _small_norm(norm, headdim, 6.0 + i) for i, (name, norm) in enumerate(norms.items())}
-    probe = _probe(module, small | small_norms, dropouts)
+    weights = {
+        n: _small_norm(module._modules[n], k, 6.0 + i)
+        for i, (n, k) in enumerate(zip(present, sizes, strict=True))
+    }
+    probe = _probe(module, small | weights, dropouts)
     probe.config = copy.copy(config)
     probe.config._attn_implementation_internal = PROBE
-    probe._fastgpt_recorder = recorder
-    parameters = _parameters(module)
     rotary = "position_embeddings" in parameters
+    cos, sin = (_numbers(BATCH, SEQLEN, headdim, phase=phase) for phase in (0.2, 0.3))
     named: dict[str, Any] = {"position_embeddings": (cos, sin)} if rotary else {}
-    named["cache" if "cache" in parameters else "past_key_values"] = recorder
-    try:
-        out, _ = type(module).forward(probe, x, attention_mask=None, **named)
-        q, k, v, asked = recorder.attended
-        cached_k, cached_v, layer = recorder.cached
-    except Exception:  # it computes with more than that
-        return None
-
-    qkv = torch.cat([_project(x, small[name], layers) for name in layers.into], -1)
-    qkv = qkv.unflatten(-1, (-1, headdim))
-    expected = [t.transpose(1, 2) for t in qkv.split((heads, heads_k, heads_k), 2)]
-    for i, norm in enumerate(small_norms.values()):
-        expected[i] = norm(expected[i])
-    for i in range(2 if rotary else 0):
-        x1, x2 = expected[i].chunk(2, -1)
-        expected[i] = expected[i] * cos[:, None] + torch.cat((-x2, x1), -1) * sin[:, None]
-    if (
-        not all(map(_same, (q, k, v, cached_k, cached_v), expected + expected[1:]))
-        or layer != module.layer_idx
-    ):
-        return None
-    if not _same(out, _project(recorder.out.flatten(2), small[layers.out], layers)):
-        return None
+    cache = "cache" if "cache" in parameters else "past_key_values"
+    for scale in SCALES:
+        x = scale * _numbers(BATCH, SEQLEN, HIDDEN, phase=0.1)
+        recorder = Recorder(scale * _numbers(BATCH, SEQLEN, heads, headdim, phase=0.4))
+        probe._fastgpt_recorder = recorder
+        try:
+            out, _ = type(module).forward(probe, x, attention_mask=None, **{cache: recorder}, **named)
+            q, k, v, asked = recorder.attended
+            cached_k, cached_v, layer = recorder.cached
+        except Exception:  # it computes with more than that
+            return None
+        qkv = torch.cat([_project(x, small[name], layers) for name in layers.into], -1)
+        parts = qkv.split([n * headdim for n in (heads, heads_k, heads_k)], -1)
+        expected = []
+        for i, part in enumerate(parts):
+            norm = weights[present[i]] if i < len(present) else nn.Identity()
+            part = norm(part) if together else part
+            part = part.unflatten(-1, (-1, headdim)).transpose(1, 2)
+            part = part if together else norm(part)
+            if rotary and i < 2:
+                x1, x2 = part.chunk(2, -1)
+                part = part * cos[:, None] + torch.cat((-x2, x1), -1) * sin[:, None]
+            expected.append(part)
+        if not all(map(_same, (q, k, v, cached_k, cached_v), expected + expected[1:])):
+            return None
+        if layer != module.layer_idx or not isinstance(layer, int):
+            return None
+        if not _same(out, _project(recorder.out.flatten(2), small[layers.out], layers)):
+            return None
     scaling, window, softcap = (asked.pop(name, None) for name in ("scaling", "sliding_window", "softcap"))
-    without = all(
-        v is None or (isinstance(v, (int, float)) and v == 0) for v in asked.values()
-    )  # no sinks, say
-    if not without or not isinstance(scaling, float) or scaling != getattr(module, "scaling", None):
+    if asked.pop("is_causal", None) not in (None, True) or asked.pop("dropout", 0.0) != 0.0:
         return None
-    head_norms = tuple(
-        (type(norm), c) for norm, c in zip(norms.values(), computed, strict=True) if c is not None
+    if any(value is not None for value in asked.values()) or not isinstance(scaling, float):
+        return None  # sinks, say
+    return Attention(
+        parameters,
+        _attributes(module),
+        config._attn_implementation,
+        layers,
+        headdim,
+        (norms[0], norms[1]) if norms else (None, None),
+        together,
+        dropouts,
+        rotary,
+        scaling,
+        window or 0,
+        softcap or 0.0,
     )
-    return Attention(parameters, layers, head_norms, dropouts, rotary, scaling, window or 0, softcap or 0.0)
 
 
 def _project(x: Tensor, layer: Any, layers: Layers) -> Tensor:
@@ -272,18 +350,26 @@ def mlp_of(module: nn.Module) -> Mlp | None:
     dropouts = _dropouts(module, *own, name)
     if dropouts is None or next(activation.parameters(), None) is not None:
         return None
-    x, small = _numbers(BATCH, SEQLEN, HIDDEN, phase=0.1), _small_layers(module, layers)
-    try:
-        got = type(module).forward(_probe(module, small | {name: _bare(activation)}, dropouts), x)
-    except Exception:  # it computes with more than that
-        return None
-    up = torch.cat([_project(x, small[name], layers) for name in layers.into], -1)
-    gated = up.shape[-1] == 2 * _sizes(module._modules[layers.out], layers.transposed)[1]
-    for kind, function in ACTIVATIONS.items():
+    small = _small_layers(module, layers)
+    probe = _probe(module, small | {name: _bare(activation)}, dropouts)
+    inner = _sizes(module._modules[layers.out], layers.transposed)[1]
+    gated = sum(_sizes(module._modules[name], layers.transposed)[0] for name in layers.into) == 2 * inner
+    possible = dict(ACTIVATIONS)
+    for scale in SCALES:
+        x = scale * _numbers(BATCH, SEQLEN, HIDDEN, phase=0.1)
+        try:
+            got = type(module).forward(probe, x)
+        except Exception:  # it computes with more than that
+            return None
+        up = torch.cat([_project(x, small[name], layers) for name in layers.into], -1)
         gate, factor = up.chunk(2, -1) if gated else (up, torch.ones(()))
-        if _same(got, _project(function(gate) * factor, small[layers.out], layers)):
-            return Mlp(layers, gated, kind, (name, type(activation)), dropouts)
-    return None
+        for kind, function in list(possible.items()):
+            if not _same(got, _project(function(gate) * factor, small[layers.out], layers)):
+                del possible[kind]
+    if len(possible) != 1:
+        return None
+    (kind,) = possible
+    return Mlp(_attributes(module), layers, gated, kind, (name, type(activation)), dropouts)
 
 
 @torch.no_grad()
@@ -291,39 +377,57 @@ def block_of(
     module: nn.Module, attentions: dict[nn.Module, Attention], mlps: dict[nn.Module, Mlp]
 ) -> Block | None:
     """What a module computes, if it is a block, as Block says, of an attention and an MLP that are known."""
-    for names in BLOCKS:
-        first, attention, second, mlp = map(module._modules.get, names)
-        if attention in attentions and mlp in mlps:
+    present = {name for name, child in module._modules.items() if child is not None}
+    for layout in BLOCKS:
+        names = [name for half in layout for name in half if name is not None]
+        dropouts = _dropouts(module, *names)
+        if dropouts is not None and present == {*names, *dropouts}:
             break
     else:
         return None
-    assert attention is not None and mlp is not None
-    dropouts = _dropouts(module, *names)
-    if first is None or second is None or dropouts is None:
+    attention, mlp = (module._modules[half[1]] for half in layout)
+    if attention not in attentions or mlp not in mlps:
         return None
-    norms = [(type(norm), computed) for norm in (first, second) if (computed := norm_of(norm)) is not None]
-    if len(norms) < 2 or any(norm.one_more for _, norm in norms):
-        return None
-    x, attended, made = (_numbers(BATCH, SEQLEN, HIDDEN, phase=phase) for phase in (0.1, 0.2, 0.3))
-    children = (
-        *(_small_norm(first, HIDDEN, 0.4), Given((attended, None))),
-        *(_small_norm(second, HIDDEN, 0.5), Given(made)),
-    )
+    halves = []
+    for before, name, after in layout:
+        kind: Any = type(module._modules[name])
+        half = Half(_norm_child(module, before), name, kind, _norm_child(module, after))
+        if len(half.norms()) != sum(n is not None for n in (before, after)):
+            return None
+        halves.append(half)
+    first, second = halves
     parameters = _parameters(module)
     handed = ("attention_mask", "position_embeddings", "cache", "past_key_values")
     passed = {name: object() for name in handed if name in parameters}
-    try:
-        probe = _probe(module, dict(zip(names, children, strict=True)), dropouts)
-        got = type(module).forward(probe, x, **passed)
-        norm_1, to_attention, norm_2, to_mlp = children
-        same = _same(to_attention.x, norm_1(x)) and _same(to_mlp.x, norm_2(x + attended))
-    except Exception:  # it computes with more than that
-        return None
-    if not same or any(to_attention.kwargs.get(name) is not value for name, value in passed.items()):
-        return None
-    if not _same(got, x + attended + made):
-        return None
-    kinds = type(attention), type(mlp)
-    return Block(
-        parameters, names, tuple(norms), kinds[0], attentions[attention], kinds[1], mlps[mlp], dropouts
-    )
+    for scale in SCALES:
+        x, attended, made = (
+            scale * _numbers(BATCH, SEQLEN, HIDDEN, phase=phase) for phase in (0.1, 0.2, 0.3)
+        )
+        to_attention, to_mlp = Given((attended, None)), Given(made)
+        children: dict[str, Any] = {first.name: to_attention, second.name: to_mlp}
+        for i, norm in enumerate((*first.norms(), *second.norms())):
+            children[norm.name] = _small_norm(module._modules[norm.name], HIDDEN, 0.4 + i)  # type: ignore[arg-type]
+
+        def normed(norm: NormChild | None, rows: Tensor, children: dict[str, Any] = children) -> Tensor:
+            return rows if norm is None else children[norm.name](rows)
+
+        try:
+            got = type(module).forward(_probe(module, children, dropouts), x, **passed)
+            between = x + normed(first.after, attended)
+            same = _same(to_attention.x, normed(first.before, x)) and _same(
+                to_mlp.x, normed(second.before, between)
+            )
+        except Exception:  # it computes with more than that
+            return None
+        if not same or not _same(got, between + normed(second.after, made)):
+            return None
+        rest = to_attention.rest | to_mlp.rest
+        if (
+            to_attention.several
+            or to_mlp.several
+            or any(rest.pop(n, None) is not v for n, v in passed.items())
+        ):
+            return None
+        if any(value is not None and name not in WITHOUT_MEANING for name, value in rest.items()):
+            return None
+    return Block(parameters, _attributes(module), first, attentions[attention], second, mlps[mlp], dropouts)

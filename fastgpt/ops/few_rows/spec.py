@@ -20,19 +20,21 @@ class Projection(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Layer or RMS norm of rows; weight, bias (in_features) or None."""
+    """Layer or RMS norm of rows; weight, bias (hidden) or None; the weight counts as ``weight +
+    weight_offset``."""
 
     rms: bool
     eps: float
     weight: Tensor | None
     bias: Tensor | None = None
+    weight_offset: float = 0.0
 
 
-class HeadNorm(NamedTuple):
-    """RMS norm of each head: weight (headdim)."""
+class Around(NamedTuple):
+    """What stands around half a block f: ``x + after(f(before(x)))``."""
 
-    weight: Tensor
-    eps: float
+    before: Norm | None
+    after: Norm | None = None
 
 
 class Mlp(NamedTuple):
@@ -41,7 +43,6 @@ class Mlp(NamedTuple):
 
     up: the one projection, or that of the gate and that of up; gate's outputs are the first half of theirs.
     transposed: the weights are (in_features, out_features), as GPT-2's.
-    norm: if there is one, ``x +`` the same of norm(x).
     """
 
     up: tuple[Projection, ...]
@@ -49,7 +50,7 @@ class Mlp(NamedTuple):
     gated: bool
     activation: str  # of ACTIVATIONS
     transposed: bool = False
-    norm: Norm | None = None
+    around: Around | None = None
 
 
 class Attention(NamedTuple):
@@ -57,7 +58,7 @@ class Attention(NamedTuple):
 
     ``q, k, v = qkv(x)`` by one projection or three, head by head; ``q = rotary(q_norm(q))`` and k alike, v as
     it is; k and v are appended, q attends (``ops/decode/spec.py`` says how), and ``out`` projects all heads.
-    With a norm, ``x +`` the same of norm(x).
+    q_norm, k_norm: of each head; with ``heads_together`` of all heads of a token.
     """
 
     qkv: tuple[Projection, ...]
@@ -65,21 +66,23 @@ class Attention(NamedTuple):
     softmax_scale: float
     window_left: int = -1
     softcap: float = 0.0
-    q_norm: HeadNorm | None = None
-    k_norm: HeadNorm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    heads_together: bool = False
     transposed: bool = False
-    norm: Norm | None = None
+    around: Around | None = None
 
 
 class Rotary(NamedTuple):
     """Of each new token: a head's halves (x1, x2) become ``(x1 cos1 − x2 sin1, x2 cos2 + x1 sin2)``.
 
-    cos, sin: (batch or 1, seqlen, columns), columns headdim, cos1 and cos2 side by side, or headdim / 2 where
-    both halves have the same.
+    cos, sin: in x's dtype or float32, (batch or 1, seqlen, headdim), cos1 and cos2 side by side; with
+    ``alike``, where both are the same, (batch or 1, seqlen, headdim / 2).
     """
 
     cos: Tensor
     sin: Tensor
+    alike: bool = False
 
 
 class Cache(NamedTuple):
