@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from backends import assert_parity
+from torch import nn
 
+import fastgpt
 from fastgpt import GPT, GPTConfig
 from fastgpt.gpt import sampling
 from fastgpt.gpt.config import RopeScaling
@@ -199,13 +201,28 @@ def test_a_block_is_one_call_where_rows_are_few(name, ids, monkeypatch):
     assert not served()
     seen = []
     parts = (model.blocks[0].mlp, model.blocks[1].attention.out, model.blocks[2].mlp_norm)
-    for calls, part in enumerate(parts, 1):
-        part.register_forward_hook(lambda *args: seen.append(args))
+    for part in (*parts, model.blocks[0].attention_norm, model.blocks[1].dropout):
+        handle = part.register_forward_hook(lambda *args: seen.append(args))
         torch.testing.assert_close(steps(), logits, rtol=1e-3, atol=1e-3)
-        assert served() == (blocks - calls) * 11 and len(seen) == calls * 12
+        assert served() == (blocks - 1) * 11
+        assert len(seen) == 12 * (2 if part is model.blocks[1].dropout else 1)
         seen.clear()
+        handle.remove()
+
+    class Watched(fastgpt.KVCache):
+        def attend(self, *args, **named):
+            seen.append(args)
+            return super().attend(*args, **named)
+
+    cache = model.new_cache(2, 23)
+    cache.__class__ = Watched
+    model(ids[:, :1], cache=cache)
+    assert len(seen) == blocks
     model.train()
     torch.testing.assert_close(steps(), logits, rtol=1e-3, atol=1e-3)
+    for block in model.blocks:
+        block.dropout = nn.Dropout(0.5)  # in training
+    assert not torch.equal(steps(), steps())
 
 
 @torch.no_grad()

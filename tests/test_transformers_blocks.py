@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import pickle
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 from backends import assert_parity
-from test_transformers import LAYERS, any_model, random_model, served
+from test_transformers import LAYERS, any_model, eager, random_model, served
 from torch import nn
 from torch.nn.utils import prune
 from transformers.models.llama import modeling_llama
@@ -118,6 +119,9 @@ CHANGES = {
     "a pruned projection": (lambda m: prune.random_unstructured(m.self_attn.q_proj, "weight", 0.5), "mlp"),
     "another scale": (lambda m: setattr(m.self_attn, "scaling", 0.5), "mlp"),
     "an attention in training": (lambda m: m.self_attn.train(), "mlp"),
+    "an MLP in training": (lambda m: m.mlp.train(), "attention"),
+    "a layer in training": (lambda m: setattr(m, "training", True), "attention mlp"),
+    "an attribute": (lambda m: setattr(m.mlp, "hidden_size", 65), "attention"),
     "another activation": (lambda m: setattr(m.mlp, "act_fn", nn.ReLU()), "attention"),
     "a weight of stride 2": (
         lambda m: setattr(m.mlp.up_proj.weight, "data", m.mlp.up_proj.weight.data.t().contiguous().t()),
@@ -173,6 +177,8 @@ def test_what_calls_are_served(ids, served, how):
     elif how == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             logits, _ = cached(model, ids, mask)
+            other, _ = cached(eager(fastgpt.unpatch(model)), ids, mask)
+        assert_parity("logits", logits, other, expected, factor=3)
         assert not as_one(served)
         return
     elif how == "dense mask":
@@ -185,14 +191,22 @@ def test_what_calls_are_served(ids, served, how):
         logits = torch.cat(parts[1:], 1)
         assert as_one(served) == {"mlp": LAYERS * len(STEPS)}
         served.clear()
-    else:
-        logits, cache = cached(model, ids[:, :-1], mask[:, :-1]), None
-        out = model(
-            ids[:, :1], output_hidden_states=True, cache=transformers.DynamicCache(config=model.config)
-        )
-        cache = out.cache
-        hidden = model(ids[:, 1:2], output_hidden_states=True, cache=cache).hidden_states
-        assert len(hidden) == 1 + LAYERS and served["block"] > 0
+    else:  # the first such call leaves hooks on all layers and attentions
+        for asked in (True, False):
+            served.clear()
+            cache = transformers.DynamicCache(config=model.config)
+            out = [model(part, output_hidden_states=asked, cache=cache) for part in ids.split([11, 8], 1)]
+            served.clear()
+            logits = cached(model, ids, mask, output_hidden_states=asked)[0]
+            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+            parts = ("attention", "mlp") if asked else ("block",)
+            assert as_one(served) == dict.fromkeys(parts, LAYERS * len(STEPS))
+        cache = transformers.DynamicCache(config=model.config)
+        out = [model(part, output_hidden_states=True, cache=cache) for part in ids.split([16, 3], 1)]
+        fastgpt.unpatch(model)
+        whole = model(ids, output_hidden_states=True).hidden_states
+        for got, exact in zip(zip(*(o.hidden_states for o in out), strict=True), whole, strict=True):
+            torch.testing.assert_close(torch.cat(got, 1), exact, rtol=1e-3, atol=1e-3)
         return
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     assert not as_one(served)
@@ -261,6 +275,23 @@ class Clipped(modeling_llama.LlamaMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.3) * self.up_proj(x))
 
 
+class FarClipped(modeling_llama.LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-50, 50))
+
+
+class NotCausal(modeling_llama.LlamaAttention):
+    def forward(self, hidden_states, **named):
+        return super().forward(hidden_states, is_causal=False, **named)
+
+
+class CappingLayer(modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, **named):
+        x = self.input_layernorm(hidden_states)
+        x = hidden_states + self.self_attn(hidden_states=x, softcap=2.0, **named)[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
 class ParallelLayer(modeling_llama.LlamaDecoderLayer):
     def forward(self, hidden_states, **named):
         x = self.input_layernorm(hidden_states)
@@ -282,6 +313,9 @@ def test_what_the_probe_takes_for_what_it_is():
         (layer.self_attn, ScaledAttention, {0, 2}),
         (layer.mlp, ScaledMlp, {1, 2}),
         (layer.mlp, Clipped, {1, 2}),
+        (layer.mlp, FarClipped, {1, 2}),
+        (layer.self_attn, NotCausal, {0, 2}),
+        (layer, CappingLayer, {2}),
         (layer, ParallelLayer, {2}),
     ):
         own, part.__class__ = type(part), kind
@@ -306,6 +340,200 @@ def test_factors_that_a_config_has():
         attention, mlp, block = parts_of(model.model.layers[0])
         assert attention is not None and mlp is not None and (block is not None) == whole
         assert attention.scaling == options.get("attention_multiplier", 1.0)
+
+
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": 80,
+}
+
+
+def of_config(config):
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+ROTATES_A_PART = {
+    "phi3": lambda: transformers.Phi3Config(**SMALL, pad_token_id=0, rope_parameters=HALF),
+    "nemotron": lambda: transformers.NemotronConfig(**SMALL, num_key_value_heads=4, rope_parameters=HALF),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ROTATES_A_PART)
+def test_rotary_of_a_part_of_each_head(ids, served, name):
+    """Tables of half a head's columns are not those of which both halves of a head have the same."""
+    model, mask = of_config(ROTATES_A_PART[name]()), torch.ones_like(ids)
+    expected, _ = cached(model, ids, mask)
+    logits, _ = cached(fastgpt.patch(model), ids, mask)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert not served["block"] and not served["attention"]
+
+
+@pytest.mark.parametrize("clip", [None, 0.3, 8.0, 100.0])
+def test_projections_that_a_config_clips(clip):
+    model = fastgpt.patch(of_config(transformers.OlmoConfig(**SMALL, clip_qkv=clip)))
+    assert (probe.attention_of(model.model.layers[0].self_attn) is None) == (clip is not None)
+
+
+BEFORE = {
+    "mlp": lambda m: m.mlp,
+    "attention": lambda m: m.self_attn,
+    "block": lambda m: m,
+    "norm": lambda m: m.input_layernorm,
+    "linear": lambda m: m.self_attn.v_proj,
+    "activation": lambda m: m.mlp.act_fn,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", BEFORE)
+def test_a_forward_of_an_instance_that_was_there_before(ids, served, part):
+    model, mask = random_model("llama"), torch.ones_like(ids)
+    module = BEFORE[part](model.model.layers[0])
+    own = module.forward
+
+    def louder(*args, **named):
+        out = own(*args, **named)
+        return (1.5 * out[0], *out[1:]) if isinstance(out, tuple) else 1.5 * out
+
+    module.forward = louder
+    expected, _ = cached(model, ids, mask)
+    logits, _ = cached(fastgpt.patch(model), ids, mask)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert served["block"] == (LAYERS - 1) * len(STEPS)
+    assert fastgpt.unpatch(model) is model and module.forward is louder
+
+
+@torch.no_grad()
+def test_dropout_that_is_no_module():
+    """Starcoder 2's, in an MLP that is in training by itself."""
+    model = fastgpt.patch(of_config(transformers.Starcoder2Config(**SMALL, residual_dropout=0.5)))
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 2, 64)
+    assert torch.equal(mlp(x), mlp(x))
+    mlp.train()
+    assert not torch.equal(mlp(x), mlp(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["attn.resid_dropout", "mlp.dropout"])
+def test_hooks_on_dropout(ids, part):
+    model, mask = random_model("gpt2"), torch.ones_like(ids)
+    model.transformer.h[0].get_submodule(part).register_forward_hook(hook)
+    expected, _ = cached(model, ids, mask)
+    torch.testing.assert_close(cached(fastgpt.patch(model), ids, mask)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_attributes_that_change_afterwards(ids):
+    mask = torch.ones_like(ids)
+
+    def change_factor(model):
+        model.model.layers[0].residual_multiplier = 0.2
+
+    def change_softcap(model):
+        model.model.layers[0].self_attn.attn_logit_softcapping = 0.1
+
+    for config, change in (
+        (transformers.GraniteConfig(**SMALL), change_factor),
+        (transformers.Gemma2Config(**SMALL, head_dim=16), change_softcap),
+    ):
+        model = of_config(config)
+        patched = fastgpt.patch(copy.deepcopy(model))
+        before, _ = cached(patched, ids, mask)
+        change(model), change(patched)
+        expected, _ = cached(model, ids, mask)
+        torch.testing.assert_close(cached(patched, ids, mask)[0], expected, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_another_attention_that_is_asked_for_afterwards(ids, served):
+    model, mask, calls = fastgpt.patch(random_model("llama")), torch.ones_like(ids), []
+    own = transformers.AttentionInterface._global_mapping["sdpa"]
+
+    def mine(*args, **named):
+        calls.append(args)
+        return own(*args, **named)
+
+    transformers.AttentionInterface.register("mine", mine)
+    transformers.AttentionMaskInterface.register("mine", transformers.masking_utils.sdpa_mask)
+    try:
+        model.set_attn_implementation("mine")
+        cached(model, ids, mask)
+    finally:
+        del transformers.AttentionInterface._global_mapping["mine"]
+        del transformers.AttentionMaskInterface._global_mapping["mine"]
+    assert len(calls) == LAYERS * (1 + len(STEPS)) and not served["block"] and not served["attention"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of_layers", [False, True])
+def test_an_update_that_somebody_has_wrapped(ids, of_layers):
+    model, mask = fastgpt.patch(random_model("llama")), torch.ones_like(ids)
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], cache=cache)
+    seen = []
+
+    def wrap(each):
+        own = each.update
+        each.update = lambda *args, **named: seen.append(args) or own(*args, **named)
+
+    for each in cache.layers if of_layers else [cache]:
+        wrap(each)
+    model(ids[:, PROMPT : PROMPT + 1], attention_mask=mask[:, : PROMPT + 1], cache=cache)
+    assert len(seen) == LAYERS
+
+
+@torch.no_grad()
+def test_modules_that_lack_something(ids):
+    """A layer's number, and a weight that is a placeholder, as some who shard models leave it."""
+    model = random_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.layer_idx = None
+    expected = model(ids, use_cache=False).logits
+    fastgpt.patch(model)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
+    few = fastgpt.unpatch(model)(ids[:, :2], use_cache=False).logits
+    fastgpt.patch(model)
+    torch.testing.assert_close(model(ids[:, :2], use_cache=False).logits, few, rtol=1e-3, atol=1e-3)
+    fastgpt.unpatch(model).model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.empty(0), False)
+    fastgpt.patch(model)
+
+
+@torch.no_grad()
+def test_copies_of_a_cache_in_two_threads(ids):
+    """Shallow ones, of the same rows, behind which each thread writes its own."""
+    model = fastgpt.patch(random_model("llama"))
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids, cache=cache)
+
+    def branch():
+        other = copy.copy(cache)
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+        return other
+
+    def follow(row, other):
+        tokens = [ids[row, i].expand(2, 1) for i in range(6)]
+        return torch.cat([model(token, cache=other).logits for token in tokens], 1)
+
+    def follow_in_thread(row):
+        with torch.no_grad():
+            return follow(row, branch())
+
+    expected = [follow(row, copy.deepcopy(cache)) for row in (0, 1)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(15):
+            for got, exact in zip(pool.map(follow_in_thread, (0, 1)), expected, strict=True):
+                torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_the_probe_leaves_no_trace(ids):

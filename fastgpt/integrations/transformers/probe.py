@@ -33,7 +33,10 @@ BLOCKS = (
     ),
     ((None, "self_attn", "post_attention_layernorm"), (None, "mlp", "post_feedforward_layernorm")),
 )
-WITHOUT_MEANING = frozenset({"position_ids", "use_cache", "cache_position"})  # to attention
+# To attention, which gets what the model was called with.
+WITHOUT_MEANING = frozenset(
+    {"position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict"}
+)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
