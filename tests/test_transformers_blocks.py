@@ -414,6 +414,16 @@ def test_a_forward_of_an_instance_that_was_there_before(ids, served, part):
 
 
 @torch.no_grad()
+def test_a_forward_of_a_block_of_gpt2_that_was_there_before(ids):
+    model, mask = random_model("gpt2"), torch.ones_like(ids)
+    block = model.transformer.h[1]
+    own = block.forward
+    block.forward = lambda *args, **named: 1.5 * own(*args, **named)
+    expected, _ = cached(model, ids, mask)
+    torch.testing.assert_close(cached(fastgpt.patch(model), ids, mask)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 def test_dropout_that_is_no_module():
     """Starcoder 2's, in an MLP that is in training by itself."""
     model = fastgpt.patch(of_config(transformers.Starcoder2Config(**SMALL, residual_dropout=0.5)))

@@ -2,8 +2,7 @@
 // of linear.h with what lies between them, so that nothing but memory's rate is left to wait for.
 //
 //   MLP:        out = down(activation(up(x))), or down(activation(gate(x)) up(x))   (Shazeer 2020, SwiGLU)
-//   attention:  q, k, v = projections of x; q and k normed head by head and rotated; k, v appended to the
-//   caches;
+//   attention:  q, k, v = projections of x; heads of q and k normed and rotated; k, v appended to the caches;
 //               out = to_out(attention of q over the caches)
 //   in a block, out = x + after(the same of before(x)), with one or both of these norms
 //
@@ -174,7 +173,7 @@ struct AttentionBlock {
     attention.lse = memory.lse;
     attention.seqlen_k = 0;
     for (int64_t b = 0; b < batch; b++) {
-      int64_t length = (p.cache_seqlens ? p.cache_seqlens[b] : p.past) + seqlen;
+      int64_t length = p.cache_seqlens[b] + seqlen;
       memory.seqused_k[b] = static_cast<int32_t>(length);
       attention.seqlen_k = max(attention.seqlen_k, length);
     }

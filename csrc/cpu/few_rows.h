@@ -92,6 +92,7 @@ inline FewRowsNorm read_norm(py::handle norm, DType dtype, int64_t hidden) {
   result.weight = read_vector(field(norm, 2), dtype, hidden);
   result.bias = read_vector(field(norm, 3), dtype, hidden);
   result.weight_offset = py::cast<float>(field(norm, 4));
+  require(result.weight || result.weight_offset == 0.0f);
   return result;
 }
 
@@ -144,11 +145,15 @@ inline void read_rotary(AttentionBlockParams& p, py::handle rotary) {
   p.sin = tables[1];
 }
 
+// Of a cache's sequences, for as long as the call takes.
+struct Lengths {
+  std::vector<int32_t> seqlens, leftpad;
+};
+
 // Attention: qkv, out, softmax_scale, window_left, softcap, q_norm, k_norm, heads_together, transposed,
-// around. Cache: k, v, seqlens, key_ranges, of which `leftpad` is to live as long as the call.
+// around. Cache: k, v, seqlens, key_ranges.
 inline AttentionBlockParams read_attention(py::handle of_x, py::handle spec, py::handle rotary,
-                                           py::handle cache, const Array& out,
-                                           std::vector<int32_t>& leftpad) {
+                                           py::handle cache, const Array& out, Lengths& lengths) {
   AttentionBlockParams p;
   DecodeParams& a = p.attention;
   read_rows(p, of_x, field(spec, 8).ptr() == Py_True, out);
@@ -179,29 +184,28 @@ inline AttentionBlockParams read_attention(py::handle of_x, py::handle spec, py:
   a.k = tensor(k);
   a.v = tensor(v);
 
-  int64_t longest = 0;
+  // Copies: without the GIL, another thread may write where they come from.
   if (py::handle seqlens = field(cache, 2); PyLong_Check(seqlens.ptr())) {
-    longest = p.past = py::cast<int64_t>(seqlens);
-    require(p.past >= 0);
+    int64_t past = py::cast<int64_t>(seqlens);
+    require(0 <= past && past <= k.sizes[1]);
+    lengths.seqlens.assign(a.batch, static_cast<int32_t>(past));
   } else {
-    Array lengths = read(seqlens);
-    require(lengths.ndim == 1 && lengths.size(1) == a.batch && (a.batch == 1 || lengths.stride(1) == 1));
-    p.cache_seqlens = lengths;
-    for (int64_t b = 0; b < a.batch; b++) {
-      require(p.cache_seqlens[b] >= 0);
-      longest = std::max<int64_t>(longest, p.cache_seqlens[b]);
-    }
+    Array each = read(seqlens);
+    require(each.ndim == 1 && each.size(1) == a.batch && (a.batch == 1 || each.stride(1) == 1));
+    lengths.seqlens.assign(static_cast<const int32_t*>(each), static_cast<const int32_t*>(each) + a.batch);
   }
-  require(longest + a.seqlen_new <= k.sizes[1]);
+  for (int32_t past : lengths.seqlens) require(0 <= past && past + a.seqlen_new <= k.sizes[1]);
+  p.cache_seqlens = lengths.seqlens.data();
   if (py::handle key_ranges = field(cache, 3); !key_ranges.is_none()) {
     Array ranges = read(key_ranges);
     require(ranges.ndim > 1 && ranges.sizes[0] == a.batch && ranges.size(1) == 2 && ranges.stride(1) == 1);
     for (int64_t b = 0; b < a.batch; b++) {
       const int32_t* range = static_cast<const int32_t*>(ranges) + b * ranges.strides[0];
-      require(0 <= range[0] && range[0] <= p.past && range[1] == p.past + a.seqlen_new);
-      leftpad.push_back(range[0]);
+      int32_t first = range[0], past = lengths.seqlens[b];
+      require(0 <= first && first <= past && range[1] == past + a.seqlen_new);
+      lengths.leftpad.push_back(first);
     }
-    a.leftpad_k = leftpad.data();
+    a.leftpad_k = lengths.leftpad.data();
   }
   return p;
 }

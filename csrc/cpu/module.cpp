@@ -357,8 +357,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attention_block", [kernels](py::handle x, py::handle spec, py::handle rotary, py::handle cache,
                                      py::handle out, int num_threads) {
     return if_fit([&] {
-      std::vector<int32_t> leftpad;
-      AttentionBlockParams p = read_attention(x, spec, rotary, cache, read(out), leftpad);
+      Lengths lengths;
+      AttentionBlockParams p = read_attention(x, spec, rotary, cache, read(out), lengths);
       p.num_threads = p.attention.num_threads = usable_threads(num_threads);
       KernelScope scope;
       kernels->attention_block(p);
@@ -369,8 +369,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("block", [kernels](py::handle x, py::handle attention, py::handle rotary, py::handle cache,
                            py::handle mlp, py::handle between, py::handle out, int num_threads) {
     return if_fit([&] {
-      std::vector<int32_t> leftpad;
-      AttentionBlockParams first = read_attention(x, attention, rotary, cache, read(between), leftpad);
+      Lengths lengths;
+      AttentionBlockParams first = read_attention(x, attention, rotary, cache, read(between), lengths);
       MlpParams second = read_mlp(between, mlp, read(out));
       first.num_threads = first.attention.num_threads = second.num_threads = usable_threads(num_threads);
       KernelScope scope;

@@ -234,10 +234,9 @@ struct MlpParams : HalfBlockParams {
 // projection. `attention` is given without q, k_new, v_new, out, lse and lengths, which are the kernel's own.
 struct AttentionBlockParams : HalfBlockParams {
   DecodeParams attention;
-  const int32_t* cache_seqlens = nullptr;  // (batch): tokens in the caches; null: `past` of each sequence
-  int64_t past = 0;
+  const int32_t* cache_seqlens = nullptr;  // (batch): tokens in the caches
   Projection to_out;
-  FewRowsNorm q_norm, k_norm;  // RMS norms of each head of q and of k, or of all heads of a token together
+  FewRowsNorm q_norm, k_norm;  // of each head of q and of k, or of all heads of a token together
   bool heads_together = false;
   // Cosines and sines (batch, seqlen_q, >= headdim / 2), of the same type or in fp32, or null: those of the
   // second half of a head lie `second` behind those of the first.

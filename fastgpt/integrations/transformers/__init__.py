@@ -145,8 +145,8 @@ def patch(
             speed of memory; generate() of a few sequences spends most of its time there. There, too, MLPs
             are one call, and so are attentions, if attention and cache are swapped, and blocks, if norms
             are. In bfloat16 and float16, what such a call computes between products is rounded less often.
-            Modules that somebody changes, replaces or hooks afterwards are seen; what such a module reads in
-            its config at every call is taken to stay.
+            Modules that somebody replaces, hooks or gives other attributes afterwards are seen; what such a
+            module reads in its config at every call, and a norm's eps, are taken to stay.
         backend: of what is swapped; default ``FASTGPT_BACKEND``, else ``auto``. (That of linear layers is
             what the variable says now; of all else, at each call.)
 
@@ -245,7 +245,9 @@ def _patch_norms(model: PreTrainedModel, record: Patch) -> list[str]:
         elif "Norm" in type(module).__name__:
             left.add(type(module).__name__)
     patched = {id(module) for module, _ in record.forwards}
-    blocks = [m for m in model.modules() if is_gpt2_block(m) and id(m.ln_2) in patched]
+    blocks = [
+        m for m in model.modules() if is_gpt2_block(m) and id(m.ln_2) in patched and not probe.is_replaced(m)
+    ]
     for gpt2_block in blocks:
         _set_forward(record, gpt2_block, gpt2_block_forward)
     said = f"{norms} norms" + (f" ({len(blocks)} of them with the residual's addition)" if blocks else "")

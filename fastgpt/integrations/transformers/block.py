@@ -46,16 +46,19 @@ def _drops(children: dict[str, Any], names: tuple[str, ...]) -> bool:
     return any(not is_itself(children.get(name), nn.Dropout) or children[name].training for name in names)
 
 
-def _changed(module: nn.Module, attributes: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether it is in training, or one of the numbers and names that it had is another: a scale, a
-    window."""
+def _changed(module: nn.Module, attributes: probe.Attributes) -> bool:
+    """Whether one of the numbers, names or functions that it had is another: a scale, a window."""
     own = module.__dict__
-    if module.training:
-        return True
-    for name, value in attributes:  # noqa: SIM110  # any() of a generator takes several times as long
-        if own.get(name) != value:
+    for name, value in attributes:
+        now = own.get(name)
+        if now is not value and (type(now) is not type(value) or now != value):
             return True
     return False
+
+
+def _gained(module: nn.Module) -> bool:
+    """Whether it is in training, or has got tensors of its own, which it may compute with."""
+    return module.training or bool(module._buffers) or bool(module._parameters)
 
 
 def mlp_forward(
@@ -74,9 +77,11 @@ def mlp_forward(
 
 def _mlp(module: nn.Module, known: probe.Mlp, around: Around | None = None) -> Mlp | None:
     """What the module would compute now."""
-    children, (name, kind) = module._modules, known.activation_child
-    projections = _projections(children, known.layers)
-    if projections is None or not is_itself(children.get(name), kind) or _changed(module, known.attributes):
+    children, (name, kind, attributes) = module._modules, known.activation_child
+    projections, activation = _projections(children, known.layers), children.get(name)
+    if projections is None or not is_itself(activation, kind) or _changed(activation, attributes):  # type: ignore[arg-type]
+        return None
+    if _gained(module) or _changed(module, known.attributes):
         return None
     if known.dropouts and _drops(children, known.dropouts):
         return None
@@ -109,6 +114,8 @@ class Call(NamedTuple):
 
     def run(self, x: Tensor, mlp: Mlp | None, backend: str | None) -> Tensor | None:
         """It, and then the MLP, if there is one."""
+        if x.dim() != 3 or getattr(self.layer.keys, "dtype", None) != x.dtype:
+            return None
         count, out = x.shape[1], None
         if (claimed := self.layer.claim(count)) is None:
             return None
@@ -131,7 +138,7 @@ def _attention(
     mask, embeddings = named.pop("attention_mask", None), named.pop("position_embeddings", None)
     cache, older = named.pop("cache", None), named.pop("past_key_values", None)
     cache = older if cache is None else cache
-    if cache is None or _changed(module, known.attributes):
+    if cache is None or _gained(module) or _changed(module, known.attributes):
         return None
     if module.config._attn_implementation != known.implementation:
         return None
@@ -185,8 +192,9 @@ def _layers() -> Any:
 def _norm(children: dict[str, Any], known: probe.NormChild | None) -> Norm | None:
     if known is None or not is_itself(children.get(known.name), known.kind, norm_forward):
         return None
-    parameters, computed = children[known.name]._parameters, known.norm
-    if (weight := parameters.get("weight")) is None:
+    norm, computed = children[known.name], known.norm
+    parameters = norm._parameters
+    if (weight := parameters.get("weight")) is None or _changed(norm, known.attributes):
         return None
     return Norm(computed.rms, computed.eps, weight, parameters.get("bias"), float(computed.one_more))
 
@@ -220,7 +228,9 @@ def _block(
     attention, mlp = children.get(first.name), children.get(second.name)
     if not is_itself(attention, first.kind, attention_forward, _capture_nothing):
         return None
-    if not is_itself(mlp, second.kind, mlp_forward, _capture_nothing) or _changed(module, known.attributes):
+    if not is_itself(mlp, second.kind, mlp_forward, _capture_nothing):
+        return None
+    if _gained(module) or _changed(module, known.attributes):
         return None
     if known.dropouts and _drops(children, known.dropouts):
         return None

@@ -30,6 +30,7 @@ class Stretch(NamedTuple):
     """Rows of a buffer, (batch, rows, nheads_k, headdim), and where those that are claimed end in it."""
 
     rows: Tensor
+    buffer: Tensor
     end: int
 
     def first(self, length: int) -> Tensor:
@@ -67,17 +68,18 @@ class Room:
                 self._fresh(past, past.shape[0], length + count)[:, :, :length] = past
                 start = 0
             self.used = start + length + count
-            return Stretch(self.buffer[:, start:] if start else self.buffer, self.used)
+            return Stretch(self.buffer[:, start:] if start else self.buffer, self.buffer, self.used)
 
     def release(self, stretch: Stretch, count: int) -> None:
         """Gives up the last ``count`` rows of a stretch, if none has been claimed behind them."""
         with _claims:
-            if self.used == stretch.end:
+            if self.buffer is stretch.buffer and self.used == stretch.end:
                 self.used -= count
 
     def select(self, past: Tensor, index: Tensor) -> Tensor:
         """``past.index_select(0, index)``, with room behind it."""
-        rows = self._fresh(past, len(index), past.shape[2])
+        with _claims:
+            rows = self._fresh(past, len(index), past.shape[2])
         return torch.index_select(past, 0, index.to(past.device), out=rows)
 
     def _fresh(self, like: Tensor, batch: int, length: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastgpt.integrations.transformers.attention import PROBE
 from fastgpt.integrations.transformers.linear import is_transposed
 from fastgpt.integrations.transformers.norms import Norm, norm_of
+from fastgpt.ops.native import MAX_HEADDIM
 
 # What the children are called: Llama's, and those of all that follow it; Phi-3's; GPT-2's.
 ATTENTIONS = ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("qkv_proj",), "o_proj"), (("c_attn",), "c_proj"))
@@ -43,6 +44,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 BATCH, SEQLEN, HIDDEN = 2, 3, 16  # of what modules are tried with
 SCALES = (1.0, 1e4)  # of its numbers: some modules clip large ones
+# Of every module, or put there by who wraps it.
+NOT_ITS_OWN = frozenset(vars(nn.Module())) | {"forward", "_old_forward", "_hf_hook", "_is_hf_initialized"}
 Attributes = tuple[tuple[str, Any], ...]  # a module's own numbers, strings and the like
 
 
@@ -60,6 +63,7 @@ class NormChild(NamedTuple):
 
     name: str
     kind: type[nn.Module]
+    attributes: Attributes
     norm: Norm
 
 
@@ -87,7 +91,7 @@ class Mlp(NamedTuple):
     layers: Layers
     gated: bool
     activation: str
-    activation_child: tuple[str, type[nn.Module]]
+    activation_child: tuple[str, type[nn.Module], Attributes]
     dropouts: tuple[str, ...]
 
 
@@ -160,9 +164,21 @@ def _same(got: Any, expected: Tensor) -> bool:
 
 
 def _attributes(module: nn.Module) -> Attributes:
-    plain = (int, float, str, type(None))
-    own = vars(module).items()
-    return tuple((n, v) for n, v in own if isinstance(v, plain) and n != "training" and not n.startswith("_"))
+    """What it may compute with: its numbers, strings, tuples of them and functions."""
+    plain = (int, float, str, type(None), tuple)
+    own = {name: value for name, value in vars(module).items() if name not in NOT_ITS_OWN}
+    return tuple((n, v) for n, v in own.items() if isinstance(v, plain) or _is_function(v))
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, (nn.Module, type))
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether it has some beside those of its children: whatever they are now, they may be others later."""
+    own = vars(module)
+    values = (*module._parameters.values(), *module._buffers.values(), *own.values())
+    return any(isinstance(value, Tensor) for value in values)
 
 
 def is_replaced(module: nn.Module) -> bool:
@@ -244,7 +260,7 @@ def _dropouts(module: nn.Module, *others: str) -> tuple[str, ...] | None:
 def _norm_child(module: nn.Module, name: str | None) -> NormChild | None:
     if name is None or (child := module._modules.get(name)) is None or (norm := norm_of(child)) is None:
         return None
-    return NormChild(name, type(child), norm)
+    return NormChild(name, type(child), _attributes(child), norm)
 
 
 @torch.no_grad()
@@ -253,6 +269,8 @@ def attention_of(module: Any) -> Attention | None:
     layers, headdim = _layers(module, ATTENTIONS), getattr(module, "head_dim", None)
     causal, config = getattr(module, "is_causal", False), getattr(module, "config", None)
     if layers is None or not isinstance(headdim, int) or causal is not True or config is None:
+        return None
+    if has_tensors(module) or not 0 < headdim <= MAX_HEADDIM:
         return None
     heads = _sizes(module._modules[layers.out], layers.transposed)[1] // headdim
     columns = sum(_sizes(module._modules[name], layers.transposed)[0] for name in layers.into)
@@ -269,7 +287,7 @@ def attention_of(module: Any) -> Attention | None:
     if present and not together and sizes != [headdim, headdim]:
         return None
 
-    parameters, rotary = _parameters(module), False
+    parameters = _parameters(module)
     small = _small_layers(module, layers)
     weights = {
         n: _small_norm(module._modules[n], k, 6.0 + i)
@@ -279,6 +297,8 @@ def attention_of(module: Any) -> Attention | None:
     probe.config = copy.copy(config)
     probe.config._attn_implementation_internal = PROBE
     rotary = "position_embeddings" in parameters
+    if rotary and headdim % 2:
+        return None
     cos, sin = (_numbers(BATCH, SEQLEN, headdim, phase=phase) for phase in (0.2, 0.3))
     named: dict[str, Any] = {"position_embeddings": (cos, sin)} if rotary else {}
     cache = "cache" if "cache" in parameters else "past_key_values"
@@ -351,7 +371,7 @@ def mlp_of(module: nn.Module) -> Mlp | None:
         return None
     ((name, activation),) = rest.items()
     dropouts = _dropouts(module, *own, name)
-    if dropouts is None or next(activation.parameters(), None) is not None:
+    if dropouts is None or has_tensors(module) or has_tensors(activation) or activation._modules:
         return None
     small = _small_layers(module, layers)
     probe = _probe(module, small | {name: _bare(activation)}, dropouts)
@@ -372,7 +392,9 @@ def mlp_of(module: nn.Module) -> Mlp | None:
     if len(possible) != 1:
         return None
     (kind,) = possible
-    return Mlp(_attributes(module), layers, gated, kind, (name, type(activation)), dropouts)
+    return Mlp(
+        _attributes(module), layers, gated, kind, (name, type(activation), _attributes(activation)), dropouts
+    )
 
 
 @torch.no_grad()
@@ -389,7 +411,7 @@ def block_of(
     else:
         return None
     attention, mlp = (module._modules[half[1]] for half in layout)
-    if attention not in attentions or mlp not in mlps:
+    if attention not in attentions or mlp not in mlps or has_tensors(module):
         return None
     halves = []
     for before, name, after in layout:
