@@ -29,7 +29,7 @@ def poison_scratch() -> None:
         fastgpt.attention(*nan, backend="cpu").sum().backward()
 
 
-def judge(draw: Callable[[], list[rule.Result]]) -> None:
+def judge(draw: Callable[[], list[rule.Result]], least: int = 64) -> None:
     """:func:`fastgpt.verify.rule.judge`; what the example before has left in scratch memory is finite."""
     poison_scratch()
-    rule.judge(draw)
+    rule.judge(draw, least)

@@ -63,17 +63,17 @@ def factor_of(what: str) -> int:
     return 3 if what.startswith("d") else 2
 
 
-def judge(draw: Callable[[], list[Result]]) -> dict[str, float]:
+def judge(draw: Callable[[], list[Result]], least: int = 64) -> dict[str, float]:
     """:func:`assert_parity` of what ``draw`` gives for fresh random inputs, by name.
 
     Over a few elements the error of plain PyTorch is a matter of luck, and may be 0. There, several draws are
-    judged as one: 64 elements, or 16 draws. One case in a thousand still has bad luck in 64, and in bf16 in
-    thousands, where the few largest alone count (both seen, of correct kernels); so where a tensor of up to
-    FEW elements fails, all are judged once more among 4 times as many draws, with these.
+    judged as one: ``least`` elements, or 16 draws. One case in a thousand still has bad luck in 64, and in
+    bf16 in thousands, where the few largest alone count (both seen, of correct kernels); so where a tensor of
+    up to FEW elements fails, all are judged once more among 4 times as many draws, with these.
     """
     draws = [draw()]
-    fewest = min((exact.numel() for *_, exact in draws[0] if exact.numel()), default=64)
-    draws += [draw() for _ in range(min(64 // fewest, 16) - 1)]
+    fewest = min((exact.numel() for *_, exact in draws[0] if exact.numel()), default=least)
+    draws += [draw() for _ in range(min(least // fewest, 16) - 1)]
     try:
         return _judged(draws)
     except ParityError as error:
