@@ -104,6 +104,13 @@ def of_another_class(parent, name):
     setattr(parent, name, other)
 
 
+def another_norm(layer, name):
+    own = getattr(layer, name)
+    other = modeling_llama.LlamaRMSNorm(len(own.weight), eps=0.5)
+    other.load_state_dict(own.state_dict())
+    setattr(layer, name, other)
+
+
 # What a user may do to a model, and what of it is one call still: for the layer that it is done to, and the
 # others.
 CHANGES = {
@@ -122,6 +129,12 @@ CHANGES = {
     "an MLP in training": (lambda m: m.mlp.train(), "attention"),
     "a layer in training": (lambda m: setattr(m, "training", True), "attention mlp"),
     "an attribute": (lambda m: setattr(m.mlp, "hidden_size", 65), "attention"),
+    "an attribute that becomes a tensor": (
+        lambda m: setattr(m.mlp, "hidden_size", torch.ones(2)),
+        "attention",
+    ),
+    "a buffer": (lambda m: m.mlp.register_buffer("extra", torch.ones(2)), "attention"),
+    "a norm with another eps": (lambda m: another_norm(m, "input_layernorm"), "attention mlp"),
     "another activation": (lambda m: setattr(m.mlp, "act_fn", nn.ReLU()), "attention"),
     "a weight of stride 2": (
         lambda m: setattr(m.mlp.up_proj.weight, "data", m.mlp.up_proj.weight.data.t().contiguous().t()),
@@ -292,6 +305,13 @@ class CappingLayer(modeling_llama.LlamaDecoderLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class FactorLayer(modeling_llama.LlamaDecoderLayer):
+    """With a factor that is 1 at first."""
+
+    def forward(self, hidden_states, **named):
+        return super().forward(hidden_states, **named) * self.factor
+
+
 class ParallelLayer(modeling_llama.LlamaDecoderLayer):
     def forward(self, hidden_states, **named):
         x = self.input_layernorm(hidden_states)
@@ -323,6 +343,17 @@ def test_what_the_probe_takes_for_what_it_is():
         part.__class__ = own
     layer.extra = nn.Linear(3, 3)
     assert parts_of(layer)[2] is None
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "attribute"])
+def test_tensors_of_its_own_may_change(kind):
+    layer = fastgpt.patch(random_model("llama")).model.layers[1]
+    layer.__class__ = FactorLayer
+    if kind == "buffer":
+        layer.register_buffer("factor", torch.ones(()))
+    else:
+        layer.factor = nn.Parameter(torch.ones(())) if kind == "parameter" else torch.ones(())
+    assert [found is None for found in parts_of(layer)] == [False, False, True]
 
 
 def test_factors_that_a_config_has():
@@ -463,6 +494,20 @@ def test_attributes_that_change_afterwards(ids):
         expected, _ = cached(model, ids, mask)
         torch.testing.assert_close(cached(patched, ids, mask)[0], expected, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_an_activation_of_the_same_class(ids, served):
+    model, mask = random_model("llama"), torch.ones_like(ids)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU(approximate="tanh")
+    fastgpt.patch(model)
+    cached(model, ids, mask)
+    assert served["block"] == LAYERS * len(STEPS)
+    served.clear()
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+    cached(model, ids, mask)
+    assert as_one(served) == {"block": (LAYERS - 1) * len(STEPS), "attention": len(STEPS)}
 
 
 @torch.no_grad()

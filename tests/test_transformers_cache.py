@@ -12,7 +12,7 @@ from test_transformers import ARCHITECTURES
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import fastgpt
-from fastgpt.integrations.transformers.cache import append_in_place
+from fastgpt.integrations.transformers.cache import Room, append_in_place
 
 WINDOW = 8
 LAYERS = 3
@@ -275,3 +275,16 @@ def test_logits_are_those_of_a_cache_that_copies(name):
     assert all(kind.startswith("Dynamic") for kind in kinds)
     assert others == {kind.replace("Dynamic", "InPlace") for kind in kinds}
     assert torch.equal(got, expected)
+
+
+def test_a_stretch_of_a_buffer_that_has_been_left_gives_nothing_up():
+    """Two that have the same rows before them claim what comes next; the first of them takes it back."""
+    room = Room()
+    with torch.no_grad():
+        past = room.append(torch.tensor([]), torch.randn(1, 2, 5, 4))
+        first, second = room.claim(past, 1), room.claim(past, 1)
+        assert first.buffer is not second.buffer and first.end == second.end == 6
+        room.release(first, 1)
+        assert room.used == 6
+        room.release(second, 1)
+        assert room.used == 5
